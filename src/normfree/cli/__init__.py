@@ -1,0 +1,66 @@
+"""The command line: parse, call, print. Each command is a module with `run(arguments) -> exit code`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from normfree.config import UserError, suggestion
+
+COMMANDS = {
+    "train": "train on the bundled digits, or on a folder of images",
+    "evaluate": "score weights on labelled images",
+    "predict": "label image files",
+    "data": "make a sample set of images",
+    "list": "the networks by name",
+    "doctor": "check this machine",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and leave with its exit code: 0 done, 1 failed, 2 misused, 130 interrupted."""
+    sys.exit(_main(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        from normfree import __version__
+
+        print(f"normfree {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        print(f"normfree: unknown command {name!r}{suggestion(name, COMMANDS) or _choices()}", file=sys.stderr)
+        return 2
+    try:
+        code: int = import_module(f"normfree.cli.{name}").run(rest)
+    except KeyboardInterrupt:
+        print("normfree: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as in `normfree list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except UserError as e:
+        print(f"normfree: {e}", file=sys.stderr)
+        return 1
+    except OSError as e:
+        where = f"{e.filename}: " if e.filename else ""
+        print(f"normfree: {where}{e.strerror or e}", file=sys.stderr)
+        return 1
+    return code
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10} {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        ["usage: normfree COMMAND [OPTIONS]", "", *lines, "", "normfree COMMAND --help shows the options of a command."]
+    )
+
+
+def _choices() -> str:
+    return f"; choose from {', '.join(COMMANDS)}"

@@ -1,0 +1,91 @@
+"""What several commands share: parsing, and finding the weights that an argument means."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from normfree.config import Run, UserError, from_dict, suggestion
+from normfree.data.crop import Preprocessing
+from normfree.models import MODELS
+from normfree.models.nfnet import NFNet
+from normfree.models.weights import load_model
+from normfree.train.loop import weights_path
+from normfree.train.record import RunFolder
+
+T = TypeVar("T")
+
+
+def parse(kind: type[T], command: str, arguments: Sequence[str]) -> T:
+    """The arguments of a command as a dataclass; leaves with 2 and the nearest names if they are off."""
+    return tyro.cli(kind, prog=f"normfree {command}", args=list(arguments))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network with what is stored beside its weights; run, where the weights belong to a run folder."""
+
+    model: NFNet
+    name: str
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    batch_size: int
+    folder: RunFolder | None = None
+    run: Run | None = None
+
+
+def load_trained(target: str, weights: Path | None) -> Trained:
+    """The network that `target` means: a run folder, a weights file, or a model's name with `weights`.
+
+    Raises:
+        UserError: neither a run folder, nor a file, nor a name; or a name without weights.
+    """
+    path = Path(target)
+    if path.is_dir():
+        folder, run = RunFolder.open(path)
+        return _load(weights or weights_path(folder), folder, run)
+    if path.is_file():
+        return _load(path)
+    if target not in MODELS:
+        if os.sep in target or "/" in target:
+            raise UserError(f"{target} is missing: expected a run folder, or the name of a model")
+        hint = suggestion(target, MODELS) or "; `normfree list` shows them"
+        raise UserError(f"{target!r} is neither a run folder nor a model{hint}")
+    if weights is None:
+        raise UserError(f"{target} needs --weights FILE")
+    found = _load(weights)
+    if found.name != target:
+        raise UserError(f"{weights} has the weights of {found.name}, not of {target}")
+    return found
+
+
+def _load(path: Path, folder: RunFolder | None = None, run: Run | None = None) -> Trained:
+    model, about = load_model(path)
+    try:
+        preprocessing = from_dict(Preprocessing, about["preprocessing"], f"{path}: preprocessing")
+        return Trained(
+            model, about["model"], tuple(about["classes"]), preprocessing, int(about["eval_batch_size"]), folder, run
+        )
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{path} does not say how its images are prepared: {e}") from e
+
+
+def show(table: Table) -> None:
+    """Print a table, in full where the output is no terminal."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, console.measure(table).maximum)
+    console.print(table)
+
+
+def warn(text: str) -> None:
+    """A line on the error stream."""
+    print(f"normfree: {text}", file=sys.stderr)

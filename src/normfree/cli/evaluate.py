@@ -1,0 +1,63 @@
+"""normfree evaluate RUN|MODEL [--weights FILE] [--data.root DIR] [--json]."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from normfree.cli.common import Trained, load_trained, parse, warn
+from normfree.config import UserError
+from normfree.data.sources import Source, open_validation
+from normfree.evaluate import infer, score
+from normfree.recipes.choose import device
+from normfree.runlog import percent
+from normfree.train.record import validation_source
+
+
+@dataclass
+class _Data:
+    root: str | None = None  # labelled images: CLASS/IMAGES, or its val/; the run's own validation images if not given
+
+
+@dataclass
+class _Arguments:
+    """Score weights on labelled images."""
+
+    target: Annotated[str, tyro.conf.Positional]  # a run folder, a weights file, or a model's name with --weights
+    weights: Path | None = None  # a safetensors file
+    data: _Data = field(default_factory=_Data)
+    device: str | None = None  # "cpu" or "cuda"
+    json: bool = False  # print one JSON object; accuracies are fractions of 1
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print the scores."""
+    args = parse(_Arguments, "evaluate", arguments)
+    trained = load_trained(args.target, args.weights)
+    source = _source(trained, args.data.root)
+    model = trained.model.to(args.device or device()[0])
+    outputs = infer(model, source, trained.preprocessing, trained.batch_size)
+    for index, reason in outputs.bad:
+        warn(f"not counted: {source.name(index)}: {reason}")
+    if len(outputs.labels) == 0:
+        raise UserError("none of the images could be read")
+    scores = score(outputs)
+    if args.json:
+        print(json.dumps(scores.as_dict()))
+    else:
+        top = f"top-1 {percent(scores.top1)}  top-5 {percent(scores.top5)}"
+        print(f"{top}  loss {scores.loss:.4f}  {scores.images} images")
+    return 0
+
+
+def _source(trained: Trained, root: str | None) -> Source:
+    if root is not None:
+        return open_validation(root, trained.classes)
+    if trained.folder is None or trained.run is None:
+        raise UserError("name the labelled images with --data.root DIR")
+    return validation_source(trained.folder, trained.run, trained.classes)

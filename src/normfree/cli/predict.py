@@ -1,0 +1,51 @@
+"""normfree predict RUN IMAGE|DIR... [--json]."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.table import Table
+
+from normfree.cli.common import load_trained, parse, show, warn
+from normfree.predict import find_images, predict
+from normfree.recipes.choose import device
+from normfree.runlog import percent
+
+
+@dataclass
+class _Arguments:
+    """Label image files."""
+
+    target: Annotated[str, tyro.conf.Positional]  # a run folder, a weights file, or a model's name with --weights
+    paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE|DIR...")]  # files, folders
+    weights: Path | None = None  # a safetensors file
+    device: str | None = None  # "cpu" or "cuda"
+    json: bool = False  # print one JSON list; probabilities are fractions of 1
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print a table or JSON; 1 if some image could not be read."""
+    args = parse(_Arguments, "predict", arguments)
+    if not args.paths:
+        warn("name at least one image or folder")
+        return 2
+    trained = load_trained(args.target, args.weights)
+    images = find_images(args.paths)
+    model = trained.model.to(args.device or device()[0])
+    rows, bad = predict(model, images, trained.classes, trained.preprocessing, trained.batch_size)
+    if args.json:
+        print(json.dumps(rows))
+    elif rows:
+        table = Table("image", "label", "probability", "next", box=None, header_style="dim")
+        for row in rows:
+            others = ", ".join(f"{t['label']} {percent(t['probability'])}" for t in row["top5"][1:3])
+            table.add_row(row["path"], row["label"], percent(row["probability"]), others)
+        show(table)
+    for path, reason in bad:
+        warn(f"{path}: {reason}")
+    return 1 if bad else 0

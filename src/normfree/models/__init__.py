@@ -1,0 +1,66 @@
+"""The networks by name."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import replace
+from fnmatch import fnmatch
+
+from normfree.models.nfnet import VARIANTS, NFNet, NFNetConfig
+from normfree.models.weights import load_weights
+
+__all__ = ["MODELS", "create_model", "list_models", "load_weights", "model_config"]
+
+# Every name that `create_model` knows. A plain table, walked by one test.
+MODELS: dict[str, NFNetConfig] = {**VARIANTS}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names that match a shell pattern such as "nfnet_f*", in the order of the table."""
+    return [name for name in MODELS if fnmatch(name, pattern)]
+
+
+def model_config(name: str) -> NFNetConfig:
+    """The configuration behind a name.
+
+    Raises:
+        ValueError: no such name; the message has the nearest ones.
+    """
+    if name not in MODELS:
+        near = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(MODELS)}"
+        raise ValueError(f"unknown model {name!r}; {hint}")
+    return MODELS[name]
+
+
+def create_model(
+    name: str,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    drop_rate: float | None = None,
+    stochastic_depth: float | None = None,
+) -> NFNet:
+    """A new network with random weights from torch's generator.
+
+    Args:
+        name: one of `list_models()`.
+        num_classes: outputs of the classifier.
+        in_chans: channels of the input.
+        drop_rate: of dropout before the classifier, in [0, 1); None takes the variant's.
+        stochastic_depth: rate of the last block, in [0, 1), growing linearly from 0; None takes the variant's.
+
+    Returns:
+        a module (N, in_chans, H, W) -> (N, num_classes), in training mode.
+
+    Raises:
+        ValueError: unknown name, or a number out of range.
+    """
+    config = model_config(name)
+    if num_classes < 1 or in_chans < 1:
+        raise ValueError(f"num_classes and in_chans must be positive, not {num_classes} and {in_chans}")
+    rates = {"drop_rate": drop_rate, "stochastic_depth": stochastic_depth}
+    changes = {key: rate for key, rate in rates.items() if rate is not None}
+    for key, rate in changes.items():
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"{key} must be in [0, 1), not {rate}")
+    return NFNet(replace(config, num_classes=num_classes, in_chans=in_chans, **changes))  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""Building blocks of normalizer-free networks: signal propagation, weight-standardised convolution, layers."""

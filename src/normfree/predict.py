@@ -1,0 +1,72 @@
+"""Prediction: labels and probabilities of image files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from normfree.config import UserError
+from normfree.data.crop import Preprocessing
+from normfree.data.decode import EXTENSIONS
+from normfree.data.sources import FolderSource, Names
+from normfree.evaluate import infer
+
+
+def find_images(paths: Sequence[str]) -> list[str]:
+    """The files among the paths, and the images below the folders among them, in order; hidden ones are left out.
+
+    Raises:
+        UserError: a path is missing, or a folder has no images.
+    """
+    found: list[str] = []
+    for path in paths:
+        if os.path.isfile(path):
+            found.append(path)
+        elif os.path.isdir(path):
+            below = list(_walk(Path(path)))
+            if not below:
+                raise UserError(f"{path} has no images ({', '.join(EXTENSIONS)})")
+            found += below
+        else:
+            raise UserError(f"{path} is missing")
+    return found
+
+
+def _walk(folder: Path) -> list[str]:
+    images = []
+    for where, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        images += [os.path.join(where, f) for f in sorted(files) if _is_image(f)]
+    return images
+
+
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and name.lower().endswith(EXTENSIONS)
+
+
+def predict(
+    model: nn.Module, paths: list[str], classes: Sequence[str], preprocessing: Preprocessing, batch_size: int
+) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """Predictions of files, and (path, reason) of those that could not be read.
+
+    Returns:
+        [{"path":, "label":, "probability":, "top5": [{"label":, "probability":}, ...]}, ...] in the order of the paths;
+        probabilities are fractions of 1.
+    """
+    source = FolderSource(Path(), Names(paths), np.zeros(len(paths), np.int64), tuple(classes))
+    outputs = infer(model, source, preprocessing, batch_size)
+    rows = [_row(paths[i], logits, classes) for i, logits in zip(outputs.indices.tolist(), outputs.logits, strict=True)]
+    return rows, [(paths[i], reason) for i, reason in outputs.bad]
+
+
+def _row(path: str, logits: Tensor, classes: Sequence[str]) -> dict[str, Any]:
+    probabilities = logits.double().softmax(0)
+    # a stable sort of the logits: of equals the lower class first, as evaluation counts it
+    order = logits.sort(descending=True, stable=True).indices[:5].tolist()
+    top = [{"label": classes[i], "probability": probabilities[i].item()} for i in order]
+    return {"path": path, **top[0], "top5": top}

@@ -1,0 +1,92 @@
+"""Choices that follow from the data, the network and the machine, as functions of numbers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from normfree.models.nfnet import NFNet, NFNetConfig
+
+LAMBDAS = (0.01, 0.02, 0.04, 0.08, 0.16)  # Section 4.1
+
+
+def steps_to_wake(
+    schedule: Callable[[int], float], clipping: float, eps: float, momentum: float, limit: int, target: float = 0.1
+) -> int:
+    """Optimizer steps until a parameter that starts at 0 can reach `target`, if AGC clips it at each: at most `limit`.
+
+    A clipped gradient has norm clipping * max(|w|, eps). So SkipInit moves by at most lr * clipping * eps / (1 -
+    momentum) a step at first, and grows exponentially beyond eps. While it is near 0 the residual branches do nothing.
+    """
+    w = velocity = 0.0
+    for step in range(limit):
+        gradient = clipping * max(w, eps)
+        velocity = momentum * velocity + gradient
+        w += schedule(step) * (gradient + momentum * velocity)
+        if w >= target:
+            return step + 1
+    return limit
+
+
+def clipping_for(schedule: Callable[[int], float], total: int, eps: float, momentum: float) -> tuple[float, int]:
+    """(lambda, steps to wake): the smallest of the paper's lambdas that wakes SkipInit in the first fifth of a run.
+
+    Where none does, the largest.
+    """
+    steps = total
+    for clipping in LAMBDAS:
+        steps = steps_to_wake(schedule, clipping, eps, momentum, total)
+        if steps <= total / 5:
+            return clipping, steps
+    return LAMBDAS[-1], steps
+
+
+def device() -> tuple[str, str]:
+    """(device, why)."""
+    if torch.cuda.is_available():
+        return "cuda", torch.cuda.get_device_name()
+    return "cpu", f"no CUDA device; {torch.get_num_threads()} threads"
+
+
+def free_memory(device: str) -> int:
+    """Bytes that a run may use."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return 4 << 30  # the system does not say: a small laptop
+
+
+def multiply_adds(config: NFNetConfig, size: int) -> int:
+    """Of one image's forward pass, counted on the meta device."""
+    with torch.device("meta"):
+        model, image = NFNet(config).eval(), torch.empty(1, config.in_chans, size, size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
+    return int(counter.get_total_flops()) // 2
+
+
+def step_memory(config: NFNetConfig, size: int, batch_size: int) -> int:
+    """Bytes of a training step in float32: what backward keeps, the weights five times, and work space.
+
+    Weights, gradients, momentum, average and the standardised copy make five. Counted on the meta device.
+    """
+    with torch.device("meta"):
+        model, images = NFNet(config), torch.empty(2, config.in_chans, size, size)
+    seen: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if not isinstance(t, torch.nn.Parameter):
+            seen[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = model(images)
+    del out
+    weights = sum(p.numel() for p in model.parameters()) * 4
+    return sum(seen.values()) // 2 * batch_size * 5 // 4 + 5 * weights

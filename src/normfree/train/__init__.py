@@ -1,0 +1,1 @@
+"""Training: one loop, one step, checkpoints, the record of a run."""

@@ -1,0 +1,99 @@
+"""Checkpoints that are whole or not there, and are verified before they are used.
+
+A checkpoint is a folder step-N of state.safetensors, state.json and manifest.json, which has the size and the sha256 of
+the other two. It is written beside as .step-N.tmp, synced, renamed; then `latest` names it; then old ones are removed.
+So a process that is killed at any instant leaves at least the checkpoint before.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from normfree.config import UserError
+from normfree.files import sha256, sync_folder, write_atomic, write_json
+
+_FILES = ("state.safetensors", "state.json")
+
+
+class Checkpoint(NamedTuple):
+    """tensors by name; state, plain values; rejected, what was passed over and why, newest first."""
+
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+    rejected: list[str]
+
+
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int = 2) -> Path:
+    """Write a checkpoint, then remove all but the newest `keep`.
+
+    Raises:
+        OSError: it could not be written; those that were there before are untouched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final, beside = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir()
+        write_atomic(beside / _FILES[0], save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}))
+        write_json(beside / _FILES[1], state)
+        manifest = {n: {"size": (beside / n).stat().st_size, "sha256": sha256(beside / n)} for n in _FILES}
+        write_json(beside / "manifest.json", manifest)
+        if final.exists():  # the same step again, after a resume: the old one is as good until the new one is in place
+            shutil.rmtree(final)
+        beside.rename(final)
+        sync_folder(folder)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    write_atomic(folder / "latest", final.name.encode())
+    for old in _steps(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """The newest whole checkpoint of a folder.
+
+    Raises:
+        UserError: there is none; the message says what is wrong with each.
+    """
+    rejected: list[str] = []
+    for path in _steps(folder):
+        problem = _problem(path)
+        if problem is None:
+            state = json.loads((path / _FILES[1]).read_bytes())
+            return Checkpoint(load_file(path / _FILES[0]), state, rejected)
+        rejected.append(f"{path.name}: {problem}")
+    found = f": {'; '.join(rejected)}" if rejected else ""
+    raise UserError(f"{folder} has no whole checkpoint{found}")
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a folder has a checkpoint, whole or not."""
+    return bool(_steps(folder))
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted((p for p in folder.glob("step-*") if p.is_dir()), reverse=True)
+
+
+def _problem(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_bytes())
+        for name in _FILES:
+            if (path / name).stat().st_size != manifest[name]["size"]:
+                return f"{name} has {(path / name).stat().st_size} bytes, not {manifest[name]['size']}"
+            if sha256(path / name) != manifest[name]["sha256"]:
+                return f"{name} does not have its checksum"
+    except FileNotFoundError as e:
+        return f"{Path(str(e.filename)).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        return f"the manifest cannot be read: {e}"
+    return None

@@ -1,0 +1,70 @@
+"""The end of a run: the best weights scored once more as every later command does it, the summary, the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from normfree.config import flat, from_dict
+from normfree.data.crop import Preprocessing
+from normfree.data.loader import train_batches
+from normfree.evaluate import infer, score
+from normfree.files import write_atomic, write_json
+from normfree.models.weights import load_model
+from normfree.report import Findings, write_report
+from normfree.runlog import duration, percent
+from normfree.train.loop import Job, State
+
+
+def finish(job: Job, state: State, reasons: Sequence[tuple[str, Any, str]] = ()) -> dict[str, Any]:
+    """Write summary.json, bad_images.txt, the pictures and report.html; returns the summary."""
+    model, about = load_model(job.folder.weights)
+    preprocessing = from_dict(Preprocessing, about["preprocessing"])
+    outputs = infer(model.to(job.run.train.device), job.val, preprocessing, about["eval_batch_size"])
+    last = [line for line in job.folder.read_metrics() if line["kind"] == "eval"][-1]
+    summary: dict[str, Any] = {
+        **score(outputs).as_dict(),
+        "epochs": state.step * job.run.train.batch_size / len(job.train),
+        "steps": state.step,
+        "wall_seconds": round(state.seconds, 3),
+        "images_per_second": round(state.step * job.run.train.batch_size / state.seconds, 3),
+        "model": job.run.model.name,
+        "params": sum(p.numel() for p in model.parameters()),
+        "train_images": len(job.train),
+        "classes": len(job.train.classes),
+        "bad_images": len(state.bad),
+        "best": state.best_is,
+        "last": {"raw": last["raw"], "ema": last["ema"]},
+        "torch": torch.__version__,
+    }
+    write_json(job.folder.summary, summary)
+    lines = "".join(f"{name}\t{reason}\n" for name, reason in state.bad.items())
+    write_atomic(job.folder.bad_images, lines.encode())
+    t = job.run.train
+    why = {name: reason for name, _, reason in reasons}
+    findings = Findings(
+        title=f"{job.run.model.name} on {job.run.data.root}: {percent(summary['top1'])}",
+        facts=_facts(summary, t.device),
+        settings=[(n, str(v), why.get(n, "")) for n, v in flat(job.run).items()],
+        metrics=job.folder.read_metrics(),
+        outputs=outputs,
+        val=job.val,
+        batch=next(train_batches(job.train, job.crop, t.seed, min(32, t.batch_size), range(1))),
+        preprocessing=preprocessing,
+        bad=state.bad,
+    )
+    write_report(job.folder.path, job.folder.report, findings)
+    return summary
+
+
+def _facts(summary: dict[str, Any], device: str) -> list[tuple[str, str]]:
+    return [
+        ("top-1", f"{percent(summary['top1'])} of {summary['images']} held-out images ({summary['best']})"),
+        ("top-5", percent(summary["top5"])),
+        ("loss", f"{summary['loss']:.4f}"),
+        ("network", f"{summary['model']}, {summary['params']:,} parameters"),
+        ("training", f"{summary['train_images']} images of {summary['classes']} classes, {summary['epochs']:g} epochs"),
+        ("time", f"{duration(summary['wall_seconds'])}, {summary['images_per_second']:.0f} images/s on {device}"),
+    ]

@@ -1,0 +1,245 @@
+"""The training loop: one function, and what it needs at its beginning and end."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from normfree.config import Run, UserError
+from normfree.data.crop import Preprocessing, TrainCrop
+from normfree.data.loader import Batch, train_batches
+from normfree.data.sources import FolderSource, Source
+from normfree.evaluate import Interrupted, Scores, infer, score
+from normfree.models.weights import describe, save_weights
+from normfree.runlog import ProgressLine, Screen, duration, percent
+from normfree.train.checkpoint import load_checkpoint, save_checkpoint
+from normfree.train.record import RunFolder
+from normfree.train.signals import StopRequest
+from normfree.train.step import Learner, build_learner
+
+
+class Diverged(UserError):
+    """The loss is not finite."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and saved a checkpoint first; `exit_code` is what the process should end with."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("stopped by a signal")
+        self.exit_code = exit_code
+
+
+@dataclass
+class State:
+    """What a checkpoint holds beside the tensors."""
+
+    step: int = 0  # optimizer steps done
+    evaluated: int = -1  # the step of the last evaluation
+    best: tuple[float, float] = (-1.0, 0.0)  # (top-1, -loss) of the best weights so far
+    best_is: str = ""  # "raw" or "ema", and the step
+    seconds: float = 0.0  # spent in the loop
+    sums: list[float] = field(default_factory=lambda: [0.0] * 4)  # as Learner.step returns, since the last line
+    images: int = 0  # behind the sums
+    bad: dict[str, str] = field(default_factory=dict)  # reason by name of the images that could not be read
+
+
+@dataclass
+class Job:
+    """What does not change during a run."""
+
+    run: Run
+    folder: RunFolder
+    train: Source
+    val: Source
+    crop: TrainCrop
+    learner: Learner
+    total: int  # steps
+    evaluate_at: frozenset[int]  # steps
+    screen: Screen
+
+
+def prepare(run: Run, folder: RunFolder, train: Source, val: Source, screen: Screen) -> Job:
+    """Build the learner and lay out the steps: epoch e ends at the first step by which e passes are done."""
+    per_epoch = len(train) / run.train.batch_size
+    total = max(1, math.floor(run.train.epochs * per_epoch))
+    ends = {min(total, math.ceil(e * per_epoch)) for e in range(1, math.ceil(run.train.epochs) + 1)}
+    preprocessing = eval_preprocessing(run)
+    learner = build_learner(run, len(train.classes), total, per_epoch, preprocessing)
+    return Job(run, folder, train, val, train_crop(run), learner, total, frozenset(ends | {total}), screen)
+
+
+def eval_preprocessing(run: Run) -> Preprocessing:
+    """What evaluation does to an image, and what is stored with the weights."""
+    d = run.data
+    return Preprocessing(d.test_size, d.eval_crop, d.margin, d.mean, d.std)
+
+
+def train_crop(run: Run) -> TrainCrop:
+    """What training does to an image."""
+    d = run.data
+    margin = round(d.margin * d.size / d.test_size)
+    still = Preprocessing(d.size, d.eval_crop, margin, d.mean, d.std)
+    return TrainCrop(d.train_crop, d.size, d.min_area, d.shift, d.zoom, d.rotate, d.flip, still)
+
+
+def fit(job: Job, state: State) -> State:
+    """Train from a state to the end of the run.
+
+    Raises:
+        Stopped: by a signal, after saving.
+        Diverged: the loss is not finite; the last checkpoint is from before.
+    """
+    began = time.monotonic() - state.seconds
+    sums = torch.tensor(state.sums, dtype=torch.float64, device=job.run.train.device)
+    batches = _batches(job, state.step)
+    with StopRequest() as stop, job.screen.progress(job.total, state.step) as line:
+        while True:
+            if state.step in job.evaluate_at and state.evaluated != state.step:
+                _evaluate(job, state, lambda: stop.received is not None)
+                state.seconds, state.sums = time.monotonic() - began, sums.tolist()
+                _save(job, state)
+            if state.step == job.total:
+                return state
+            if stop.received is not None:
+                state.seconds, state.sums = time.monotonic() - began, sums.tolist()
+                _save(job, state)
+                raise Stopped(stop.exit_code)
+            batch = next(batches)
+            sums += job.learner.step(batch, state.step)
+            state.step, state.images = state.step + 1, state.images + len(batch.labels)
+            _note_bad(job, state, batch)
+            if state.step % job.run.train.log_every == 0 or state.step in job.evaluate_at:
+                state.seconds = time.monotonic() - began
+                _log(job, state, sums.tolist(), line)
+                sums.zero_()
+                state.images = 0
+
+
+def _batches(job: Job, start: int) -> Iterator[Batch]:
+    t = job.run.train
+    steps, pin = range(start, job.total), t.device.startswith("cuda")
+    return train_batches(job.train, job.crop, t.seed, t.batch_size, steps, job.run.data.workers, pin)
+
+
+def _log(job: Job, state: State, sums: list[float], line: ProgressLine) -> None:
+    loss, hits, clipped, units = sums
+    if not math.isfinite(loss):
+        raise Diverged(_diagnosis(job, state))
+    numbers: dict[str, Any] = {
+        "kind": "train",
+        "step": state.step,
+        "epoch": state.step * job.run.train.batch_size / len(job.train),
+        "loss": loss / state.images,
+        "top1": hits / state.images,
+        "lr": job.learner.schedule(state.step - 1),
+        "clip_share": clipped / units if units else 0.0,
+        "images_per_second": state.step * job.run.train.batch_size / state.seconds,
+    }
+    job.folder.append_metrics(numbers)
+    line.update(
+        state.step,
+        f"loss {numbers['loss']:.3f}  top-1 {percent(hits / state.images)}  lr {numbers['lr']:.4f}  "
+        f"clipped {percent(numbers['clip_share'])}  {numbers['images_per_second']:.0f} images/s",
+    )
+
+
+def _diagnosis(job: Job, state: State) -> str:
+    o = job.run.optim
+    gone = [n for n, p in job.learner.model.named_parameters() if not torch.isfinite(p).all()]
+    where = f"; the first weights that are not finite: {gone[0]}" if gone else ""
+    return (
+        f"the loss is not finite by step {state.step}{where}. Lower --optim.lr (now {o.lr:g}) or --optim.clipping "
+        f"(now {o.clipping:g}); the run can go on from its last checkpoint with other settings in a new folder"
+    )
+
+
+def _evaluate(job: Job, state: State, should_stop: Callable[[], bool]) -> None:
+    """Score the raw and the averaged weights, keep the better ones if they are the best so far."""
+    scores: dict[str, Scores] = {}
+    for kind, model in (("raw", job.learner.model), ("ema", job.learner.ema.module)):
+        try:
+            outputs = infer(
+                model, job.val, job.learner.preprocessing, job.run.train.eval_batch_size, should_stop=should_stop
+            )
+        except Interrupted:
+            return  # still due: the loop saves, and the next process evaluates
+        scores[kind] = score(outputs)
+        for index, reason in outputs.bad:
+            state.bad[job.val.name(index)] = reason
+        if (scores[kind].top1, -scores[kind].loss) > state.best:
+            state.best, state.best_is = (scores[kind].top1, -scores[kind].loss), f"{kind} at step {state.step}"
+            save_weights(model, job.folder.weights, _about(job, kind, state.step))
+    state.evaluated = state.step
+    epoch = state.step * job.run.train.batch_size / len(job.train)
+    line = {"kind": "eval", "step": state.step, "epoch": epoch}
+    job.folder.append_metrics(line | {kind: s.as_dict() for kind, s in scores.items()})
+    job.screen.say(
+        f"epoch {epoch:5.1f}  top-1 {percent(scores['raw'].top1)}, averaged {percent(scores['ema'].top1)}  "
+        f"loss {scores['raw'].loss:.3f}, {scores['ema'].loss:.3f}  {duration(state.seconds)}"
+    )
+
+
+def _about(job: Job, kind: str, step: int) -> dict[str, Any]:
+    return describe(job.run.model.name, job.learner.model) | {
+        "classes": list(job.train.classes),
+        "preprocessing": asdict(job.learner.preprocessing),
+        "eval_batch_size": job.run.train.eval_batch_size,
+        "weights": kind,
+        "step": step,
+    }
+
+
+def _note_bad(job: Job, state: State, batch: Batch) -> None:
+    if not batch.bad:
+        return
+    for index, reason in batch.bad:
+        name = job.train.name(index)
+        if name not in state.bad:
+            state.bad[name] = reason
+            job.screen.say(f"skipped {name}: {reason}")
+    limit = job.run.data.bad_images * len(job.train)
+    if len(state.bad) > max(limit, 1):
+        name, reason = next(iter(state.bad.items()))
+        raise UserError(
+            f"{len(state.bad)} images cannot be read, more than --data.bad-images {job.run.data.bad_images:g} of "
+            f"{len(job.train)}; the first is {name}: {reason}"
+        )
+
+
+def _save(job: Job, state: State) -> None:
+    if not math.isfinite(state.sums[0]):
+        raise Diverged(_diagnosis(job, state))
+    save_checkpoint(job.folder.checkpoints, state.step, job.learner.tensors(), asdict(state))
+
+
+def resume(job: Job) -> State:
+    """The state of the newest whole checkpoint, with the learner filled from it."""
+    checkpoint = load_checkpoint(job.folder.checkpoints)
+    for problem in checkpoint.rejected:
+        job.screen.say(f"passed over a broken checkpoint: {problem}")
+    values = dict(checkpoint.state)
+    state = State(**{**values, "best": tuple(values["best"])})
+    job.learner.load_tensors(checkpoint.tensors, state.step)
+    job.folder.truncate_metrics(state.step, state.evaluated)
+    job.screen.say(f"resumed {job.folder.path} at step {state.step} of {job.total}")
+    return state
+
+
+def held_out(folder: RunFolder, train: Source, val: Source) -> None:
+    """Write down which files are held out, where the split was made here, so that every command agrees on it."""
+    if isinstance(val, FolderSource) and isinstance(train, FolderSource) and val.root == train.root:
+        folder.validation.write_text("".join(f"{name}\n" for name in val.names), encoding="utf-8")
+
+
+def weights_path(folder: RunFolder) -> Path:
+    """The best weights of a run. Raises UserError before the first evaluation."""
+    if not folder.weights.exists():
+        raise UserError(f"{folder.path} has no weights yet: its first evaluation has not ended")
+    return folder.weights

@@ -1,0 +1,120 @@
+"""The run folder: what a run writes down, and where."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from normfree.config import Run, UserError, flat, from_dict, to_dict
+from normfree.data.sources import FolderSource, Names, Source, open_data, open_validation, training_folder
+from normfree.files import write_atomic, write_json
+from normfree.train.checkpoint import has_checkpoint
+
+
+class RunFolder:
+    """Paths of a run folder, and the files in it.
+
+    config.json (resolved settings), metrics.jsonl (a line per logged step and per evaluation), summary.json,
+    checkpoints/, best.safetensors (weights with classes and preprocessing), validation.txt (the held-out files, if the
+    split was made here), bad_images.txt, plots as PNG, report.html.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config, self.summary = path / "config.json", path / "summary.json"
+        self.metrics, self.checkpoints = path / "metrics.jsonl", path / "checkpoints"
+        self.weights, self.report = path / "best.safetensors", path / "report.html"
+        self.validation, self.bad_images = path / "validation.txt", path / "bad_images.txt"
+
+    @classmethod
+    def create(cls, path: Path, run: Run) -> RunFolder:
+        """A new run folder with its config.json.
+
+        Raises:
+            UserError: the folder has a run already, or cannot be written.
+        """
+        folder = cls(path)
+        if folder.config.exists() or has_checkpoint(folder.checkpoints):
+            raise UserError(f"{path} has a run already; continue it with --resume, or choose another --run-dir")
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            write_json(folder.config, to_dict(run))
+        except OSError as e:
+            raise UserError(f"{path} cannot be written: {e.strerror or e}") from e
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> tuple[RunFolder, Run]:
+        """An existing run folder and its settings.
+
+        Raises:
+            UserError: not a run folder, or its config.json is broken.
+        """
+        folder = cls(path)
+        if not folder.config.exists():
+            raise UserError(f"{path} is not a run folder: it has no config.json")
+        try:
+            value = json.loads(folder.config.read_bytes())
+        except ValueError as e:
+            raise UserError(f"{folder.config} is not JSON: {e}") from e
+        return folder, from_dict(Run, value, str(folder.config))
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl."""
+        with open(self.metrics, "a", encoding="utf-8") as f:
+            f.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; a half-written last line is left out."""
+        if not self.metrics.exists():
+            return []
+        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def truncate_metrics(self, step: int, evaluated_step: int) -> None:
+        """Forget what was logged behind a checkpoint, since it will be logged again."""
+        limit = {"train": step, "eval": evaluated_step}
+        kept = [line for line in self.read_metrics() if line["step"] <= limit[line["kind"]]]
+        write_atomic(self.metrics, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
+def validation_source(folder: RunFolder, run: Run, classes: tuple[str, ...]) -> Source:
+    """The images that a run was validated on: its val/, or those that it held out."""
+    if run.data.root == "digits":
+        return open_data("digits", run.data.validation)[1]
+    if not folder.validation.exists():
+        return open_validation(run.data.root, classes)
+    names = folder.validation.read_text(encoding="utf-8").splitlines()
+    labels = [classes.index(Path(name).parts[0]) for name in names]
+    root = training_folder(Path(run.data.root))
+    return FolderSource(root, Names(names), np.array(labels, np.int64), classes)
+
+
+def free_folder(parent: Path, name: str) -> Path:
+    """parent/name-001, or the first number that is not taken."""
+    number = 1
+    while (parent / f"{name}-{number:03d}").exists():
+        number += 1
+    return parent / f"{name}-{number:03d}"
+
+
+def newest_run(parent: Path) -> Path:
+    """The run folder below a parent that was written to last.
+
+    Raises:
+        UserError: there is none.
+    """
+    runs = [p.parent for p in parent.glob("*/config.json")]
+    if not runs:
+        raise UserError(f"there is no run in {parent}{os.sep} to resume; name one with --run-dir")
+    return max(runs, key=lambda p: max(f.stat().st_mtime for f in p.rglob("*")))
+
+
+def conflicts(run: Run, given: dict[str, Any]) -> list[str]:
+    """The given settings that differ from those of a run, each with both values."""
+    current = flat(run)
+    return [f"{n} is {current[n]!r} there, not {v!r}" for n, v in given.items() if current[n] != v]
