@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -88,6 +89,46 @@ class Run:
     data: DataConfig
     optim: OptimConfig
     train: TrainConfig
+
+
+# name, what it must be, and the test
+_RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("data.size", "positive", lambda v: v > 0),
+    ("data.test_size", "positive", lambda v: v > 0),
+    ("data.min_area", "in (0, 1]", lambda v: 0 < v <= 1),
+    ("data.shift", "not negative", lambda v: v >= 0),
+    ("data.zoom", "in [0, 1)", lambda v: 0 <= v < 1),
+    ("data.rotate", "in [0, 180]", lambda v: 0 <= v <= 180),
+    ("data.std", "positive", lambda v: min(v) > 0),
+    ("data.validation", "in (0, 1)", lambda v: 0 < v < 1),
+    ("data.workers", "not negative", lambda v: v >= 0),
+    ("data.bad_images", "in [0, 1]", lambda v: 0 <= v <= 1),
+    ("optim.lr", "positive and finite", lambda v: 0 < v < math.inf),
+    ("optim.clipping", "positive", lambda v: v > 0),
+    ("optim.warmup", "not negative", lambda v: v >= 0),
+    ("optim.momentum", "in [0, 1)", lambda v: 0 <= v < 1),
+    ("optim.weight_decay", "not negative", lambda v: v >= 0),
+    ("optim.eps", "positive", lambda v: v > 0),
+    ("optim.label_smoothing", "in [0, 1)", lambda v: 0 <= v < 1),
+    ("optim.ema_decay", "in [0, 1]", lambda v: 0 <= v <= 1),
+    ("train.epochs", "positive and finite", lambda v: 0 < v < math.inf),
+    ("train.batch_size", "positive", lambda v: v > 0),
+    ("train.seed", "in [0, 2^32)", lambda v: 0 <= v < 2**32),
+    ("train.precision", "fp32 or bf16", lambda v: v in ("fp32", "bf16")),
+    ("train.eval_batch_size", "positive", lambda v: v > 0),
+    ("train.log_every", "positive", lambda v: v > 0),
+)
+
+
+def check_ranges(values: dict[str, Any]) -> None:
+    """Values by dotted name are in range; names that are not there are passed over.
+
+    Raises:
+        UserError: names the first that is not, and its range.
+    """
+    for name, words, fits in _RANGES:
+        if name in values and not fits(values[name]):
+            raise UserError(f"{name} must be {words}, not {values[name]}")
 
 
 @dataclass

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -76,6 +77,19 @@ def _load(path: Path, folder: RunFolder | None = None, run: Run | None = None) -
         )
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(f"{path} does not say how its images are prepared: {e}") from e
+
+
+def check_device(device: str | None) -> None:
+    """Raises UserError if a device does not exist here."""
+    if device is None:
+        return
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or not (index == "" or index.isdigit()):
+        raise UserError(f"unknown device {device!r}; choose cpu, cuda or cuda:N")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"{device!r} is not here: torch finds {torch.cuda.device_count()} CUDA devices; see normfree doctor"
+        )
 
 
 def show(table: Table) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from normfree.cli.common import Trained, load_trained, parse, warn
+from normfree.cli.common import Trained, check_device, load_trained, parse, warn
 from normfree.config import UserError
 from normfree.data.sources import Source, open_validation
 from normfree.evaluate import infer, score
@@ -38,6 +38,7 @@ class _Arguments:
 def run(arguments: Sequence[str]) -> int:
     """Print the scores."""
     args = parse(_Arguments, "evaluate", arguments)
+    check_device(args.device)
     trained = load_trained(args.target, args.weights)
     source = _source(trained, args.data.root)
     model = trained.model.to(args.device or device()[0])

@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 from rich.table import Table
 
-from normfree.cli.common import load_trained, parse, show, warn
+from normfree.cli.common import check_device, load_trained, parse, show, warn
 from normfree.predict import find_images, predict
 from normfree.recipes.choose import device
 from normfree.runlog import percent
@@ -34,6 +34,7 @@ def run(arguments: Sequence[str]) -> int:
     if not args.paths:
         warn("name at least one image or folder")
         return 2
+    check_device(args.device)
     trained = load_trained(args.target, args.weights)
     images = find_images(args.paths)
     model = trained.model.to(args.device or device()[0])

@@ -12,8 +12,18 @@ from typing import Annotated, Any
 
 import tyro
 
-from normfree.cli.common import parse, warn
-from normfree.config import DataConfig, Given, ModelConfig, OptimConfig, Run, TrainConfig, UserError, suggestion
+from normfree.cli.common import check_device, parse, warn
+from normfree.config import (
+    DataConfig,
+    Given,
+    ModelConfig,
+    OptimConfig,
+    Run,
+    TrainConfig,
+    UserError,
+    check_ranges,
+    suggestion,
+)
 from normfree.data.sources import open_data
 from normfree.models import model_config
 from normfree.recipes import RECIPES
@@ -54,6 +64,8 @@ def run(arguments: Sequence[str]) -> int:
     """Train, report, and say what can be done next."""
     args: Any = parse(_Arguments, "train", arguments)
     given = Given(_given(args))
+    check_ranges(given.values)
+    check_device(given.values.get("train.device"))
     screen = Screen()
     if args.resume:
         folder, settings = _reopen(args, given)

@@ -69,13 +69,14 @@ class FolderSource:
     names: Names  # relative to the root
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
-    ignored: list[str] = field(default_factory=list)  # files that are no images by their name, relative to the root
+    ignored: list[str] = field(default_factory=list)  # files that are no images by their name, as `name` has them
+    prefix: str = ""  # of names in reports: "train/" below a root with train/ and val/
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def name(self, index: int) -> str:
-        return self.names[index]
+        return self.prefix + self.names[index]
 
     def read_bytes(self, index: int) -> bytes:
         """The file as it is. Raises BadImage where it cannot be read."""
@@ -86,7 +87,7 @@ class FolderSource:
 
     def subset(self, indices: NDArray[np.int64]) -> FolderSource:
         names = Names(self.names[i] for i in indices)
-        return FolderSource(self.root, names, self.labels[indices], self.classes, self.ignored)
+        return FolderSource(self.root, names, self.labels[indices], self.classes, self.ignored, self.prefix)
 
 
 @dataclass
@@ -133,7 +134,8 @@ def open_data(root: str, validation: float) -> tuple[Source, Source]:
     train_folder, val_folder = _halves(path)
     if val_folder is None:
         return split(open_folder(train_folder), validation)
-    train, val = open_folder(train_folder), open_folder(val_folder, single_class=True)
+    train = open_folder(train_folder, prefix=f"{train_folder.name}/")
+    val = open_folder(val_folder, single_class=True, prefix=f"{val_folder.name}/")
     return train, with_classes(val, train.classes)
 
 
@@ -167,7 +169,7 @@ def _halves(root: Path) -> tuple[Path, Path | None]:
     return root / train, root / val if val is not None else None
 
 
-def open_folder(root: Path, single_class: bool = False) -> FolderSource:
+def open_folder(root: Path, single_class: bool = False, prefix: str = "") -> FolderSource:
     """ROOT/CLASS/IMAGES, images at any depth below the class; hidden files and folders are ignored.
 
     Raises:
@@ -188,7 +190,8 @@ def open_folder(root: Path, single_class: bool = False) -> FolderSource:
         labels += [label] * len(found)
     if len(classes) == 1 and not single_class:
         raise UserError(f"{root} has one class only, {classes[0]!r}; training needs at least two")
-    return FolderSource(root, Names(names), np.array(labels, np.int64), tuple(classes), ignored)
+    ignored = [prefix + name for name in ignored]
+    return FolderSource(root, Names(names), np.array(labels, np.int64), tuple(classes), ignored, prefix)
 
 
 def _images_below(root: Path, folder: str) -> tuple[list[str], list[str]]:
@@ -217,7 +220,7 @@ def with_classes(source: FolderSource, classes: tuple[str, ...]) -> FolderSource
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise UserError(f"{source.root}: class {unknown[0]!r}{more} is not one that was trained; {hint}")
     index = np.array([classes.index(c) for c in source.classes])
-    return FolderSource(source.root, source.names, index[source.labels], classes, source.ignored)
+    return FolderSource(source.root, source.names, index[source.labels], classes, source.ignored, source.prefix)
 
 
 def split(source: Source, share: float) -> tuple[Source, Source]:

@@ -6,6 +6,7 @@ import difflib
 from dataclasses import replace
 from fnmatch import fnmatch
 
+from normfree.config import UserError
 from normfree.models.nfnet import VARIANTS, NFNet, NFNetConfig
 from normfree.models.weights import load_weights
 
@@ -24,12 +25,12 @@ def model_config(name: str) -> NFNetConfig:
     """The configuration behind a name.
 
     Raises:
-        ValueError: no such name; the message has the nearest ones.
+        UserError: no such name; the message has the nearest ones.
     """
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(MODELS)}"
-        raise ValueError(f"unknown model {name!r}; {hint}")
+        raise UserError(f"unknown model {name!r}; {hint}")
     return MODELS[name]
 
 
@@ -53,14 +54,14 @@ def create_model(
         a module (N, in_chans, H, W) -> (N, num_classes), in training mode.
 
     Raises:
-        ValueError: unknown name, or a number out of range.
+        UserError: unknown name, or a number out of range.
     """
     config = model_config(name)
     if num_classes < 1 or in_chans < 1:
-        raise ValueError(f"num_classes and in_chans must be positive, not {num_classes} and {in_chans}")
+        raise UserError(f"num_classes and in_chans must be positive, not {num_classes} and {in_chans}")
     rates = {"drop_rate": drop_rate, "stochastic_depth": stochastic_depth}
     changes = {key: rate for key, rate in rates.items() if rate is not None}
     for key, rate in changes.items():
         if not 0.0 <= rate < 1.0:
-            raise ValueError(f"{key} must be in [0, 1), not {rate}")
+            raise UserError(f"{key} must be in [0, 1), not {rate}")
     return NFNet(replace(config, num_classes=num_classes, in_chans=in_chans, **changes))  # type: ignore[arg-type]

@@ -27,7 +27,7 @@ def standardize(weight: Tensor, gain: Tensor, eps: float = 1e-4) -> Tensor:
     variance, mean = torch.var_mean(w, dim=dims, correction=0, keepdim=True)
     fan_in = math.prod(w.shape[1:])
     scale = gain.view(-1, *[1] * len(dims)) * torch.rsqrt(torch.clamp_min(variance * fan_in, eps))
-    return torch.addcmul(-mean * scale, w, scale)
+    return (w - mean) * scale
 
 
 def same_padding(size: int, kernel: int, stride: int, dilation: int = 1) -> tuple[int, int]:

@@ -9,7 +9,9 @@ import torch
 
 from normfree.config import flat, from_dict
 from normfree.data.crop import Preprocessing
+from normfree.data.decode import EXTENSIONS
 from normfree.data.loader import train_batches
+from normfree.data.sources import FolderSource
 from normfree.evaluate import infer, score
 from normfree.files import write_atomic, write_json
 from normfree.models.weights import load_model
@@ -23,6 +25,7 @@ def finish(job: Job, state: State, reasons: Sequence[tuple[str, Any, str]] = ())
     model, about = load_model(job.folder.weights)
     preprocessing = from_dict(Preprocessing, about["preprocessing"])
     outputs = infer(model.to(job.run.train.device), job.val, preprocessing, about["eval_batch_size"])
+    bad = _ignored(job) | state.bad
     last = [line for line in job.folder.read_metrics() if line["kind"] == "eval"][-1]
     summary: dict[str, Any] = {
         **score(outputs).as_dict(),
@@ -34,13 +37,13 @@ def finish(job: Job, state: State, reasons: Sequence[tuple[str, Any, str]] = ())
         "params": sum(p.numel() for p in model.parameters()),
         "train_images": len(job.train),
         "classes": len(job.train.classes),
-        "bad_images": len(state.bad),
+        "bad_images": len(bad),
         "best": state.best_is,
         "last": {"raw": last["raw"], "ema": last["ema"]},
         "torch": torch.__version__,
     }
     write_json(job.folder.summary, summary)
-    lines = "".join(f"{name}\t{reason}\n" for name, reason in state.bad.items())
+    lines = "".join(f"{name}\t{reason}\n" for name, reason in bad.items())
     write_atomic(job.folder.bad_images, lines.encode())
     t = job.run.train
     why = {name: reason for name, _, reason in reasons}
@@ -53,10 +56,16 @@ def finish(job: Job, state: State, reasons: Sequence[tuple[str, Any, str]] = ())
         val=job.val,
         batch=next(train_batches(job.train, job.crop, t.seed, min(32, t.batch_size), range(1))),
         preprocessing=preprocessing,
-        bad=state.bad,
+        bad=bad,
     )
     write_report(job.folder.path, job.folder.report, findings)
     return summary
+
+
+def _ignored(job: Job) -> dict[str, str]:
+    """Files in the class folders whose names are not those of images."""
+    folders = [s for s in (job.train, job.val) if isinstance(s, FolderSource)]
+    return {name: f"not an image by its name ({', '.join(EXTENSIONS)})" for s in folders for name in s.ignored}
 
 
 def _facts(summary: dict[str, Any], device: str) -> list[tuple[str, str]]:

@@ -18,7 +18,7 @@ from normfree.data.sources import FolderSource, Source
 from normfree.evaluate import Interrupted, Scores, infer, score
 from normfree.models.weights import describe, save_weights
 from normfree.runlog import ProgressLine, Screen, duration, percent
-from normfree.train.checkpoint import load_checkpoint, save_checkpoint
+from normfree.train.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from normfree.train.record import RunFolder
 from normfree.train.signals import StopRequest
 from normfree.train.step import Learner, build_learner
@@ -45,6 +45,7 @@ class State:
     best: tuple[float, float] = (-1.0, 0.0)  # (top-1, -loss) of the best weights so far
     best_is: str = ""  # "raw" or "ema", and the step
     seconds: float = 0.0  # spent in the loop
+    line_seconds: float = 0.0  # of them, until the last line or evaluation
     sums: list[float] = field(default_factory=lambda: [0.0] * 4)  # as Learner.step returns, since the last line
     images: int = 0  # behind the sums
     bad: dict[str, str] = field(default_factory=dict)  # reason by name of the images that could not be read
@@ -101,16 +102,17 @@ def fit(job: Job, state: State) -> State:
     batches = _batches(job, state.step)
     with StopRequest() as stop, job.screen.progress(job.total, state.step) as line:
         while True:
-            if state.step in job.evaluate_at and state.evaluated != state.step:
+            evaluated = state.step in job.evaluate_at and state.evaluated != state.step
+            if evaluated:
                 _evaluate(job, state, lambda: stop.received is not None)
+                state.line_seconds = time.monotonic() - began
+            if evaluated or stop.received is not None:
                 state.seconds, state.sums = time.monotonic() - began, sums.tolist()
                 _save(job, state)
+            if stop.received is not None:
+                raise Stopped(stop.exit_code)
             if state.step == job.total:
                 return state
-            if stop.received is not None:
-                state.seconds, state.sums = time.monotonic() - began, sums.tolist()
-                _save(job, state)
-                raise Stopped(stop.exit_code)
             batch = next(batches)
             sums += job.learner.step(batch, state.step)
             state.step, state.images = state.step + 1, state.images + len(batch.labels)
@@ -119,7 +121,7 @@ def fit(job: Job, state: State) -> State:
                 state.seconds = time.monotonic() - began
                 _log(job, state, sums.tolist(), line)
                 sums.zero_()
-                state.images = 0
+                state.images, state.line_seconds = 0, state.seconds
 
 
 def _batches(job: Job, start: int) -> Iterator[Batch]:
@@ -140,7 +142,8 @@ def _log(job: Job, state: State, sums: list[float], line: ProgressLine) -> None:
         "top1": hits / state.images,
         "lr": job.learner.schedule(state.step - 1),
         "clip_share": clipped / units if units else 0.0,
-        "images_per_second": state.step * job.run.train.batch_size / state.seconds,
+        "images_per_second": state.images / max(state.seconds - state.line_seconds, 1e-9),
+        "seconds": state.seconds,
     }
     job.folder.append_metrics(numbers)
     line.update(
@@ -220,7 +223,11 @@ def _save(job: Job, state: State) -> None:
 
 
 def resume(job: Job) -> State:
-    """The state of the newest whole checkpoint, with the learner filled from it."""
+    """The state of the newest whole checkpoint, with the learner filled from it; a new one if none was ever saved."""
+    if not has_checkpoint(job.folder.checkpoints):
+        job.folder.truncate_metrics(0, -1)
+        job.screen.say(f"{job.folder.path} has no checkpoint yet: starting at its beginning")
+        return State()
     checkpoint = load_checkpoint(job.folder.checkpoints)
     for problem in checkpoint.rejected:
         job.screen.say(f"passed over a broken checkpoint: {problem}")

@@ -1,0 +1,282 @@
+"""AGC, the groups, the optimizer, the average and the schedule, against the authors' runs and plain formulas."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import normfree
+from authors import load, our_layout, our_name
+from normfree.optim import AGCSGD, EMA, WarmupCosine, clip_grad_agc_, param_groups
+from normfree.optim.agc import unit_norms
+
+
+def _theirs(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): our_layout(t) for k, t in tensors.items() if k.startswith(prefix)}
+
+
+class _Toy(nn.Module):
+    """The authors' toy tree under names by which `param_groups` knows its parts."""
+
+    def __init__(self, initial: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.names: dict[str, str] = {}
+        self.conv1 = nn.Conv2d(4, 6, 3)
+        self.fc0, self.fc = nn.Linear(6, 3), nn.Linear(6, 5)
+        self.gain, self.skip_gain = nn.Parameter(torch.zeros(6)), nn.Parameter(torch.zeros(1))
+        ours = {"conv1.gain": "gain"}
+        for theirs, value in initial.items():
+            name = our_name(theirs).removeprefix("blocks.0.").replace("squeeze_excite.", "")
+            name = ours.get(name, name)
+            self.names[theirs] = name
+            with torch.no_grad():
+                self.get_parameter(name).copy_(value)
+
+
+def test_six_steps_equal_the_authors_optimizer_and_average() -> None:
+    """Parameters, momentum and EMA after every step, with clipping, decay and warm-up binding; to 2e-6."""
+    tensors, about = load("authors_optim")
+    settings = about["config"]["schedule"]
+    toy = _Toy(_theirs(tensors, "initial/"))
+    decay, clipping = (about["config"]["optimizer"][k] for k in ("weight_decay", "clipping"))
+    optimizer = AGCSGD(param_groups(toy, weight_decay=decay, clipping=clipping), lr=0.0)
+    ema = EMA(toy)
+    schedule = WarmupCosine(settings["max_val"], settings["num_steps"], settings["warmup_steps"])
+    for step in range(6):
+        for theirs, gradient in _theirs(tensors, f"grads/{step}/").items():
+            toy.get_parameter(toy.names[theirs]).grad = gradient.clone()
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step)
+        optimizer.step()
+        ema.update(toy)
+        for prefix, module in ((f"params/{step}/", toy), (f"ema/{step}/", ema.module)):
+            for theirs, expected in _theirs(tensors, prefix).items():
+                value = module.get_parameter(toy.names[theirs]).detach()
+                torch.testing.assert_close(value, expected, rtol=2e-6, atol=2e-7)
+    for theirs, expected in _theirs(tensors, "momentum/").items():
+        value = optimizer.momentum(toy.get_parameter(toy.names[theirs]))
+        torch.testing.assert_close(value, expected, rtol=2e-6, atol=2e-7)
+    clipped, units = optimizer.clipped_units()
+    assert 0 < clipped < units
+
+
+def test_the_schedule_equals_the_authors() -> None:
+    """At every step, with a fractional warm-up."""
+    tensors, about = load("authors_optim")
+    settings = about["config"]["schedule"]
+    schedule = WarmupCosine(settings["max_val"], settings["num_steps"], settings["warmup_steps"])
+    ours = torch.tensor([schedule(t) for t in range(21)])
+    torch.testing.assert_close(ours, tensors["schedule/lr"], rtol=1e-5, atol=1e-7)
+
+
+def test_the_papers_schedule() -> None:
+    """112,602 steps: the first has rate 0, the peak is 1.6, the end is 0, and beyond stays there."""
+    schedule = WarmupCosine(1.6, 112_602, 5 * 1_281_167 / 4096)
+    assert schedule(0) == 0
+    assert max(schedule(t) for t in range(1500, 1700)) == pytest.approx(1.6, rel=1e-5)
+    assert schedule(112_602) == pytest.approx(0, abs=1e-12)
+    assert schedule(200_000) == schedule(112_602)
+    with pytest.raises(ValueError, match="warmup"):
+        WarmupCosine(1.0, 10, 10)
+
+
+@pytest.mark.parametrize("case", ["scalar", "6", "6x5", "1x5", "5x1", "3x3x4x6", "1x1x4x6", "1x1x1x6", "1x1x4x1"])
+def test_units_equal_the_authors(case: str) -> None:
+    """Rows of weights; one norm for whatever squeezes to a vector."""
+    tensors, _ = load("authors_layers")
+    x, expected = (our_layout(tensors[f"unitwise/{case}/{k}"]) for k in ("x", "norm"))
+    torch.testing.assert_close(unit_norms(x).flatten(), expected.flatten())
+
+
+def test_equation_3_in_float64() -> None:
+    """Each row by hand, on both sides of the threshold; a unit exactly at it is left alone."""
+    torch.manual_seed(0)
+    w = nn.Parameter(torch.randn(40, 3, 3, 3, dtype=torch.float64))
+    with torch.no_grad():
+        w[3] = 0  # the floor eps takes over
+        w[5] *= 1e-5
+    g = torch.randn_like(w) * torch.logspace(-4, 1, 40, dtype=torch.float64)[:, None, None, None]
+    g[7] = 0
+    expected = g.clone()
+    clipped = 0
+    for i in range(40):
+        size, limit = g[i].norm().item(), 0.1 * max(w[i].norm().item(), 1e-3)
+        if size > limit:
+            expected[i] *= limit / size
+            clipped += 1
+    w.grad = g.clone()
+    share = clip_grad_agc_(w, clipping=0.1)
+    torch.testing.assert_close(w.grad, expected, rtol=1e-12, atol=0)
+    assert share == pytest.approx(clipped / 40)
+    assert 5 < clipped < 35
+    again = w.grad.clone()
+    assert clip_grad_agc_(w, clipping=0.1 * (1 + 1e-12)) == 0
+    assert torch.equal(w.grad, again)
+
+
+def test_a_module_or_groups_exempt_the_classifier() -> None:
+    """A module finds its classifier by name; groups say it with None."""
+    model = normfree.create_model("nfnet_tiny", 5)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 100.0)
+    clip_grad_agc_(model, clipping=0.01)
+    assert model.fc.weight.grad is not None
+    assert torch.equal(model.fc.weight.grad, torch.full_like(model.fc.weight, 100.0))
+    for name, p in model.named_parameters():
+        if name != "fc.weight":
+            assert p.grad is not None
+            assert (unit_norms(p.grad) <= 0.01 * unit_norms(p).clamp_min(1e-3) * 1.00001).all(), name
+    a, b = (nn.Parameter(torch.ones(3, 2)) for _ in range(2))
+    a.grad, b.grad = torch.ones(3, 2), torch.ones(3, 2)
+    groups: list[dict[str, Any]] = [{"params": a, "clipping": None}, {"params": [b]}]
+    clip_grad_agc_(groups, clipping=0.5)
+    assert torch.equal(a.grad, torch.ones(3, 2))
+    torch.testing.assert_close(b.grad, torch.full((3, 2), 0.5))
+
+
+def test_clipping_manners() -> None:
+    """Missing gradients are passed over; sparse ones and nonsense are refused."""
+    assert clip_grad_agc_([nn.Parameter(torch.ones(2))]) == 0
+    table = nn.Embedding(4, 3, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match="sparse"):
+        clip_grad_agc_(table.parameters())
+    with pytest.raises(ValueError, match="positive"):
+        clip_grad_agc_([], clipping=0)
+
+
+def test_low_precision_gradients_are_clipped_in_float32() -> None:
+    """A float16 gradient whose square overflows is still clipped to the right length."""
+    w = nn.Parameter(torch.ones(2, 64, dtype=torch.float16))
+    w.grad = torch.full((2, 64), 1000.0, dtype=torch.float16)
+    clip_grad_agc_(w, clipping=0.5)
+    torch.testing.assert_close(unit_norms(w.grad), torch.full((2, 1), 4.0), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("name", ["nfnet_f0", "nfnet_tiny"])
+def test_every_parameter_is_in_exactly_one_group(name: str) -> None:
+    """Gains and biases undecayed, the classifier's weight unclipped, all of the rest both."""
+    with torch.device("meta"):
+        model = normfree.create_model(name)
+    groups = param_groups(model, weight_decay=0.5, clipping=0.25)
+    names = [n for g in groups for n in g["names"]]
+    assert sorted(names) == sorted(n for n, _ in model.named_parameters())
+    gains, classifier, weights = groups
+    assert (gains["weight_decay"], gains["clipping"]) == (0.0, 0.25)
+    assert all("gain" in n or "bias" in n for n in gains["names"])
+    assert (classifier["names"], classifier["weight_decay"], classifier["clipping"]) == (["fc.weight"], 0.5, None)
+    assert (weights["weight_decay"], weights["clipping"]) == (0.5, 0.25)
+    assert all(n.endswith("weight") for n in weights["names"])
+    assert any("squeeze_excite.fc0.weight" in n for n in weights["names"])
+
+
+def test_groups_of_a_foreign_network() -> None:
+    """Norm layers are gains, (C, 1, 1, 1) gains too, a one-output linear weight is a weight; names can be given."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+            self.scale = nn.Parameter(torch.ones(4, 1, 1, 1))
+            self.one, self.out = nn.Linear(4, 1), nn.Linear(4, 7)
+
+    net = Net()
+    found = {n: g for g in param_groups(net, classifier="out") for n in g["names"]}
+    assert found["norm.weight"]["weight_decay"] == 0
+    assert found["scale"]["weight_decay"] == 0
+    assert found["one.weight"]["weight_decay"] > 0
+    assert found["out.weight"]["clipping"] is None
+    assert all(g["clipping"] is not None for g in param_groups(net))  # no name that we know: nothing is exempt
+    with pytest.raises(ValueError, match="head"):
+        param_groups(net, classifier="head")
+
+
+def test_plain_sgd_is_torchs() -> None:
+    """Without clipping the optimizer is torch.optim.SGD, with and without Nesterov."""
+    for nesterov in (True, False):
+        torch.manual_seed(0)
+        a = nn.Linear(5, 4)
+        b = copy.deepcopy(a)
+        settings = {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.01, "nesterov": nesterov}
+        ours = AGCSGD(a.parameters(), clipping=None, **settings)  # type: ignore[arg-type]
+        theirs = torch.optim.SGD(b.parameters(), **settings)  # type: ignore[arg-type]
+        for _ in range(5):
+            x = torch.randn(8, 5)
+            for model, optimizer in ((a, ours), (b, theirs)):
+                optimizer.zero_grad()
+                model(x).square().sum().backward()
+                optimizer.step()
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_the_optimizer_is_a_torch_optimizer() -> None:
+    """Schedulers drive it, its state round-trips, groups can be added, a closure is called, gradients are kept."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = AGCSGD(model.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, WarmupCosine(1.0, 10, 2))
+    assert optimizer.param_groups[0]["lr"] == 0
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = model(torch.ones(1, 3)).square().sum()
+        loss.backward()
+        return float(loss)
+
+    first = optimizer.step(closure)
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    gradient = model.weight.grad
+    assert gradient is not None
+    kept = gradient.clone()
+    optimizer.step()
+    assert torch.equal(gradient, kept)
+    assert optimizer.step(closure) < first
+
+    other = copy.deepcopy(model)
+    again = AGCSGD(other.parameters(), lr=0.1)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    other.weight.grad, other.bias.grad = kept.clone(), torch.ones(2)
+    model.weight.grad, model.bias.grad = kept.clone(), torch.ones(2)
+    again.step()
+    optimizer.step()
+    assert torch.equal(other.weight, model.weight)
+    extra = nn.Parameter(torch.ones(2, 2))
+    optimizer.add_param_group({"params": [extra], "clipping": None})
+    extra.grad = torch.ones(2, 2)
+    optimizer.step()
+    assert not torch.equal(extra, torch.ones(2, 2))
+    with pytest.raises(ValueError, match="lr=-1"):
+        AGCSGD(model.parameters(), lr=-1)
+
+
+def test_a_zero_initialised_parameter_moves_by_eps() -> None:
+    """A clipped step moves SkipInit by lr lambda eps, plus momentum: facts that short runs hang on."""
+    p = nn.Parameter(torch.zeros(1))
+    optimizer = AGCSGD([p], lr=1.0, momentum=0.0, nesterov=False, clipping=0.1)
+    p.grad = torch.tensor([-5.0])
+    optimizer.step()
+    assert p.item() == pytest.approx(0.1 * 1e-3)
+
+
+def test_the_average_starts_at_the_weights_and_warms_up() -> None:
+    """Decays 1/10, 2/11, ..; then the cap; integer buffers are copied; the module never trains."""
+    linear, norm = nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1)
+    model = nn.Sequential(linear, norm)
+    nn.init.ones_(linear.weight)
+    ema = EMA(model, decay=0.15)
+    assert [ema.decay_at(t) for t in (0, 1)] == [0.1, 0.15]
+    assert EMA(model).decay_at(10**7) == 0.99999
+    nn.init.constant_(linear.weight, 2.0)
+    model(torch.ones(4, 1))
+    ema.update(model)
+    averages = ema.module.state_dict()
+    assert averages["0.weight"].item() == pytest.approx(0.1 * 1 + 0.9 * 2)
+    assert averages["1.num_batches_tracked"] == 1
+    assert not ema.module.training
+    assert not any(p.requires_grad for p in ema.module.parameters())
