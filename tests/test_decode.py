@@ -26,13 +26,10 @@ from normfree.data.sources import FolderSource, Names
 
 Pixels = NDArray[np.uint8]
 CALM = settings(deadline=None, max_examples=50)  # a busy machine is no failure
-LOSSLESS: dict[str, dict[str, Any]] = {
-    "PNG": {},
-    "BMP": {},
-    "TIFF": {},
-    "WEBP": {"lossless": True},
-}
-ORIENT: dict[int, Callable[[Pixels], Pixels]] = {  # what a viewer shows of stored rows and columns, EXIF 2.3, tag 0x0112
+SIGNATURES = [b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"II*\0"]
+LOSSLESS: dict[str, dict[str, Any]] = {"PNG": {}, "BMP": {}, "TIFF": {}, "WEBP": {"lossless": True}}
+# what a viewer shows of the stored rows and columns: EXIF 2.3, tag 0x0112
+ORIENT: dict[int, Callable[[Pixels], Pixels]] = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -67,10 +64,10 @@ def chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def gif(width: int, height: int) -> bytes:
-    """A screen of the given size with one frame of one white pixel."""
+def gif(width: int, height: int, frame: int = 1) -> bytes:
+    """A screen of the given size with a square frame of one white pixel, or none."""
     screen = struct.pack("<HHBBB", width, height, 0x80, 0, 0) + b"\xff\xff\xff\0\0\0"
-    return b"GIF89a" + screen + b"," + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x02D\x01\0;"
+    return b"GIF89a" + screen + b"," + struct.pack("<HHHHB", 0, 0, frame, frame, 0) + b"\x02\x02D\x01\0;"
 
 
 def over_white(colour: NDArray[Any], alpha: NDArray[Any]) -> NDArray[np.float64]:
@@ -127,14 +124,15 @@ def test_compressed_tiff_is_exact(compression: str) -> None:
 
 @pytest.mark.parametrize(
     ("form", "options"),
-    [("JPEG", {}), ("JPEG", {"progressive": True}), ("WEBP", {}), ("TIFF", {"compression": "jpeg"})],
+    [("JPEG", {"subsampling": 0}), ("JPEG", {"progressive": True}), ("WEBP", {}), ("TIFF", {"compression": "jpeg"})],
 )
 def test_lossy_formats_are_close(form: str, options: dict[str, Any]) -> None:
-    """Lossy formats at quality 95 stay within 2 levels on average."""
+    """Lossy formats at quality 95 stay close: within 2 levels on average, 5 where colour has half the resolution."""
+    limit = 5 if form == "WEBP" or "progressive" in options else 2
     found = decode(encode(Image.fromarray(blocks()), form, quality=95, **options))
     assert found.dtype == np.uint8
     assert found.shape == blocks().shape
-    assert np.abs(found.astype(int) - blocks()).mean() < 2
+    assert np.abs(found.astype(int) - blocks()).mean() < limit
 
 
 def test_the_tests_know_every_format() -> None:
@@ -269,7 +267,7 @@ def test_exif_orientation(form: str, orientation: int) -> None:
     content, shown = oriented(form, orientation)
     found = decode(content)
     assert found.shape == shown.shape
-    assert np.abs(found.astype(int) - shown).mean() < (2 if form == "JPEG" else 1e-9)
+    assert np.abs(found.astype(int) - shown).mean() <= (5 if form == "JPEG" else 0)  # another turn differs by 80
 
 
 @pytest.mark.parametrize("orientation", ORIENT)
@@ -327,12 +325,15 @@ def test_a_file_cut_anywhere_is_broken_or_whole(form: str) -> None:
     """Cut anywhere, the other formats are refused, unless all pixels were there (PNG and GIF end in bytes of none)."""
     content = encode(Image.fromarray(blocks()), form)
     whole, refused = decode(content), 0
-    for length in range(0, len(content), max(1, len(content) // 500)):
+    cuts = range(0, len(content), max(1, len(content) // 500))
+    for length in cuts:
         try:
-            assert np.array_equal(decode(content[:length]), whole)
+            found = decode(content[:length])
         except BadImage:
             refused += 1
-    assert refused >= 200
+        else:
+            assert np.array_equal(found, whole)
+    assert len(cuts) - 30 <= refused <= len(cuts)  # a PNG ends in checksums and IEND, without pixels
 
 
 def test_zero_bytes() -> None:
@@ -350,15 +351,10 @@ def test_other_bytes(content: bytes) -> None:
 
 
 @CALM
-@given(st.binary(max_size=200), st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"II*\0"]))
+@given(st.binary(max_size=200), st.sampled_from(SIGNATURES))
 def test_random_bytes(content: bytes, signature: bytes) -> None:
     """Random bytes behind any signature never raise anything but BadImage."""
-    try:
-        found = decode(signature + content)
-    except BadImage as e:
-        assert str(e)
-    else:
-        assert found.ndim == 3
+    assert attempt(decode, signature + content)[0] == ""
 
 
 def test_a_bomb_is_refused_by_its_header() -> None:
@@ -391,23 +387,26 @@ def test_a_picture_without_pixels_is_refused() -> None:
     """No width or no height is not a picture of shape (0, W, 3)."""
     bmp = bytearray(encode(Image.fromarray(blocks()), "BMP"))
     bmp[18:22] = bytes(4)
-    for content in (png(0, 5, 2, 8, b""), png(5, 0, 2, 8, b""), gif(0, 0), bytes(bmp)):
+    for content in (png(0, 5, 2, 8, b""), png(5, 0, 2, 8, b""), gif(0, 0, frame=0), bytes(bmp)):
         assert reason(content)
 
 
-def test_damaged_exif_neither_warns_nor_matters() -> None:
-    """A whole JPEG whose EXIF points past its end decodes without a warning, also where warnings are errors."""
+@pytest.mark.parametrize("damage", ["text longer than the file", "other signature"])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_neither_warns_nor_matters(form: str, damage: str) -> None:
+    """A picture whose pixels are whole and whose EXIF is damaged decodes as ever, and nothing is said."""
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 1, "a description"
-    good = encode(Image.fromarray(blocks()), "JPEG", exif=exif)
+    good = exif.tobytes()
     entry = good.index(b"\x01\x0e\x00\x02")  # tag 0x010E, type ASCII; then count and offset
-    damaged = good[: entry + 8] + b"\x7f\xff\xff\xff" + good[entry + 12 :]
+    long = good[: entry + 4] + b"\0\0\xff\xff" + good[entry + 8 :]
+    damaged = long if damage == "text longer than the file" else good.replace(b"MM\0*", b"MM\0?")
+    assert damaged != good
+    options = {"dpi": (72, 72)} if form == "JPEG" else LOSSLESS[form]  # else EXIF is looked at when a JPEG is opened
+    with_good, with_damaged = (encode(Image.fromarray(blocks()), form, exif=e, **options) for e in (good, damaged))
     for read in (decode, image_size):
-        with warnings.catch_warnings(record=True) as heard:
-            warnings.simplefilter("always")
-            read(damaged)
-        assert [str(w.message) for w in heard] == []
-    assert np.array_equal(decode(damaged), decode(good))
+        assert attempt(read, with_damaged) == ("", [])
+    assert np.array_equal(decode(with_damaged), decode(with_good))
 
 
 # the fuzz loop
@@ -525,7 +524,7 @@ def test_paths_that_cannot_be_read_are_bad_images(tmp_path: Path) -> None:
 def open_folder_of_all() -> Iterator[Path]:
     """A folder that every user may enter, unlike tmp_path."""
     with tempfile.TemporaryDirectory() as name:
-        os.chmod(name, 0o755)  # noqa: PTH101 (same call as below)
+        os.chmod(name, 0o755)
         yield Path(name)
 
 
@@ -540,7 +539,7 @@ def test_a_file_without_permission_is_a_bad_image(open_folder_of_all: Path) -> N
     if user == 0:
         os.seteuid(65534)
     try:
-        with pytest.raises(BadImage, match="^cannot be read: Permission denied$"):
+        with pytest.raises(BadImage, match=r"^cannot be read: Permission denied$"):
             source.read(0)
     finally:
         os.seteuid(user)

@@ -28,6 +28,7 @@ class ModelConfig:
     name: str  # of normfree.list_models()
     drop_rate: float | None = None  # dropout before the classifier; the variant's if None
     stochastic_depth: float | None = None  # rate of the last block; the variant's if None
+    skip_init: float | None = None  # where SkipInit starts: 0 in the paper; 1 suits short runs; the variant's if None
 
 
 @dataclass(frozen=True)

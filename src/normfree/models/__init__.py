@@ -40,6 +40,7 @@ def create_model(
     in_chans: int = 3,
     drop_rate: float | None = None,
     stochastic_depth: float | None = None,
+    skip_init: float | None = None,
 ) -> NFNet:
     """A new network with random weights from torch's generator.
 
@@ -49,6 +50,9 @@ def create_model(
         in_chans: channels of the input.
         drop_rate: of dropout before the classifier, in [0, 1); None takes the variant's.
         stochastic_depth: rate of the last block, in [0, 1), growing linearly from 0; None takes the variant's.
+
+        skip_init: where the gain of each residual branch starts; None takes the variant's, 0 in the paper. From 0 a
+            branch needs hundreds of steps to wake, so 1 suits short runs.
 
     Returns:
         a module (N, in_chans, H, W) -> (N, num_classes), in training mode.
@@ -60,8 +64,8 @@ def create_model(
     if num_classes < 1 or in_chans < 1:
         raise UserError(f"num_classes and in_chans must be positive, not {num_classes} and {in_chans}")
     rates = {"drop_rate": drop_rate, "stochastic_depth": stochastic_depth}
-    changes = {key: rate for key, rate in rates.items() if rate is not None}
-    for key, rate in changes.items():
-        if not 0.0 <= rate < 1.0:
+    for key, rate in rates.items():
+        if rate is not None and not 0.0 <= rate < 1.0:
             raise UserError(f"{key} must be in [0, 1), not {rate}")
+    changes = {key: value for key, value in {**rates, "skip_init": skip_init}.items() if value is not None}
     return NFNet(replace(config, num_classes=num_classes, in_chans=in_chans, **changes))  # type: ignore[arg-type]

@@ -46,6 +46,7 @@ class NFNetConfig:
     expansion: float = 0.5  # width of the bottleneck against the block's output
     se_ratio: float = 0.5
     alpha: float = 0.2
+    skip_init: float = 0.0  # where SkipInit starts; at 1 the signal is as the bookkeeping of beta predicts it
     activation: str = "gelu"
     num_classes: int = 1000
     in_chans: int = 3
@@ -129,7 +130,7 @@ class NFBlock(nn.Module):
         transition = stride > 1 or in_chans != out_chans
         self.conv_shortcut = WSConv2d(in_chans, out_chans, 1, scale=gamma / beta) if transition else None
         self.squeeze_excite = SqueezeExcite(out_chans, max(1, int(out_chans * config.se_ratio)))
-        self.skip_gain = nn.Parameter(torch.zeros(1))  # SkipInit; one element, since sharding refuses scalars
+        self.skip_gain = nn.Parameter(torch.full((1,), config.skip_init))  # one element: sharding refuses scalars
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """(N, C, H, W) -> (N, C', ceil(H / stride), ceil(W / stride)); keep (N,) is 0 for samples that skip it."""

@@ -72,12 +72,21 @@ def multiply_adds(config: NFNetConfig, size: int) -> int:
 
 
 def step_memory(config: NFNetConfig, size: int, batch_size: int) -> int:
-    """Bytes of a training step in float32: what backward keeps, the weights five times, and work space.
+    """Bytes of a training step in float32: weights, gradients, momentum, average, and what backward keeps.
 
-    Weights, gradients, momentum, average and the standardised copy make five. Counted on the meta device.
+    Counted on the meta device. A quarter of the maps is added for work space.
     """
+    one, two = (_kept(config, size, n) for n in (1, 2))
+    maps, others = two - one, 2 * one - two
     with torch.device("meta"):
-        model, images = NFNet(config), torch.empty(2, config.in_chans, size, size)
+        weights = sum(p.numel() for p in NFNet(config).parameters()) * 4
+    return maps * batch_size * 5 // 4 + others + 4 * weights
+
+
+def _kept(config: NFNetConfig, size: int, n: int) -> int:
+    """Bytes that autograd keeps for backward after a forward pass of n images, beside the weights."""
+    with torch.device("meta"):
+        model, images = NFNet(config), torch.empty(n, config.in_chans, size, size)
     seen: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -86,7 +95,6 @@ def step_memory(config: NFNetConfig, size: int, batch_size: int) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = model(images)
+        out = model(images)  # kept until all is counted, so that no storage takes the place of another
     del out
-    weights = sum(p.numel() for p in model.parameters()) * 4
-    return sum(seen.values()) // 2 * batch_size * 5 // 4 + 5 * weights
+    return sum(seen.values())

@@ -95,7 +95,9 @@ def build_learner(run: Run, classes: int, steps: int, steps_per_epoch: float, pr
     """A learner at its start; the weights are drawn from torch's generator, seeded with the run's seed."""
     torch.manual_seed(run.train.seed)
     m, o = run.model, run.optim
-    model = create_model(m.name, classes, drop_rate=m.drop_rate, stochastic_depth=m.stochastic_depth)
+    model = create_model(
+        m.name, classes, drop_rate=m.drop_rate, stochastic_depth=m.stochastic_depth, skip_init=m.skip_init
+    )
     model = model.to(device=run.train.device)
     groups = param_groups(model, weight_decay=o.weight_decay, clipping=o.clipping)
     optimizer = AGCSGD(groups, lr=o.lr, momentum=o.momentum, nesterov=o.nesterov, eps=o.eps)
