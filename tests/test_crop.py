@@ -154,9 +154,9 @@ def test_without_randomness_the_evaluation_image(
 
 @pytest.mark.parametrize("size", [16, 17])
 def test_a_shift_moves_by_whole_pixels(size: int) -> None:
-    """Draws on the grid of 2 shift + 1 steps move the window by exactly dx and dy; edges repeat."""
+    """Draws on the grid of 2 shift + 1 steps move the window by exactly dx and dy; outside is black."""
     image, shift = noise(size, size), 3
-    wide = np.pad(image, ((shift, shift), (shift, shift), (0, 0)), mode="edge")
+    wide = np.pad(image, ((shift, shift), (shift, shift), (0, 0)))
     crop = shifting(size, shift=shift)
     for dx in range(-shift, shift + 1):
         for dy in range(-shift, shift + 1):
@@ -165,13 +165,10 @@ def test_a_shift_moves_by_whole_pixels(size: int) -> None:
             assert np.array_equal(crop(image, draws(0.9, u, v)), expected)
 
 
-def test_a_shift_of_the_whole_reach_repeats_the_edge() -> None:
-    """Half of the side is the longest shift of which every pixel still comes from the image; odd sides round down."""
-    for size in (8, 9):
-        image, reach = noise(size, size), size // 2
-        rows = np.clip(np.arange(size) - reach, 0, size - 1)
-        moved = shifting(size, shift=reach)(image, draws(0.9, 0.0, 0.0))
-        assert np.array_equal(moved, image[rows][:, rows])
+def test_a_shift_beyond_the_image_is_black() -> None:
+    """Nothing repeats and nothing wraps."""
+    image = np.full((9, 9, 3), 200, np.uint8)
+    assert shifting(9, shift=9)(image, draws(0.9, 0.0, 0.5)).max() == 0
 
 
 def test_every_shift_is_equally_likely() -> None:
@@ -194,7 +191,8 @@ def test_zoom_is_about_the_middle(u: float, scale: float) -> None:
     shown = size / 2 + scale * (np.arange(size) + 0.5 - size / 2) - 0.5
     inner = (shown > 1) & (shown < size - 2)
     assert inner.sum() >= 24
-    assert np.abs(found[:, inner, 0] - (20 + 6 * shown[inner])).max() <= 1.5
+    tall = slice(6, 26)  # rows that are inside at every zoom
+    assert np.abs(found[tall, inner, 0] - (20 + 6 * shown[inner])).max() <= 1.5
 
 
 @pytest.mark.parametrize("size", [16, 17])
@@ -377,34 +375,13 @@ def test_impossible_preprocessing_is_refused(size: int, crop: str, margin: int, 
     assert str(refusal.value) == cause
 
 
-@pytest.mark.parametrize("std", [(0.2, 0.0, 0.2), (0.2, -0.1, 0.2)])
-def test_a_spread_of_zero_is_refused(std: tuple[float, float, float]) -> None:
-    """A standard deviation that is not positive would divide by zero, or mirror."""
-    with pytest.raises(UserError):
-        Preprocessing(32, "center", 0, MEAN, std)
-
-
 def test_an_unknown_training_crop_is_refused() -> None:
     """Its name is repeated with the choices."""
     with pytest.raises(UserError, match="unknown crop 'random'; choose from box, shift"):
         TrainCrop("random", 32, 0.1, 0, 0.0, 0.0, False, preprocessing(32))
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"shift": -1},
-        {"shift": 17},  # more than half of the side: black comes in
-        {"zoom": -0.1},
-        {"zoom": 1.0},  # a scale of zero
-        {"rotate": -1.0},
-        {"min_area": -0.5},
-        {"min_area": 1.5},
-        {"still": Preprocessing(28, "pad", 0, MEAN, STD)},  # of another size
-    ],
-    ids=lambda changes: next(iter(changes)),
-)
-def test_impossible_training_crops_are_refused(changes: dict[str, Any]) -> None:
-    """Settings that would give black, mirrored or misplaced pictures are refused when the crop is made."""
+def test_an_evaluation_image_of_another_size_is_refused() -> None:
+    """The "shift" crop of a still image of another size would be out of place."""
     with pytest.raises(UserError):
-        shifting(32, **changes)
+        shifting(32, still=preprocessing(28))

@@ -62,7 +62,7 @@ def test_a_run_folder_has_what_it_promises(finished: Path) -> None:
     assert "http" not in report.replace("http-equiv", "")
     for name in ("curves", "confusion", "batch", "mistakes"):
         assert (finished / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    held_out = (finished / "validation.txt").read_text().splitlines()
+    held_out = read_json(finished / "validation.json")
     assert len(held_out) == 4
     assert sum(name.startswith("dark") for name in held_out) == 2
 
@@ -83,7 +83,7 @@ def test_evaluate_repeats_the_summary_exactly(finished: Path, command: Command) 
 
 def test_predict_reproduces_the_accuracy_exactly(finished: Path, command: Command, tmp_path: Path) -> None:
     """Over the held-out files, laid out as a validation folder."""
-    for name in (finished / "validation.txt").read_text().splitlines():
+    for name in read_json(finished / "validation.json"):
         (tmp_path / "val" / name).parent.mkdir(parents=True, exist_ok=True)
         os.link(finished.parent / "images" / name, tmp_path / "val" / name)
     rows = json.loads(command("predict", finished, "val", "--json").stdout)
@@ -179,6 +179,16 @@ def test_a_broken_newest_checkpoint_is_passed_over(tmp_path: Path) -> None:
     _same(whole, cut)
 
 
+def test_resuming_on_other_images_is_refused(tmp_path: Path) -> None:
+    """A file that came or went since would change the order of all samples."""
+    images = make_folder(tmp_path / "images")
+    train_tiny(tmp_path, images, "run")
+    (images / "dark/000.jpg").rename(images / "dark/new.jpg")
+    done = run_command("train", "--run-dir", "run", "--resume", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "are not those" in done.stderr
+
+
 def test_bad_images_are_skipped_counted_and_named(tmp_path: Path) -> None:
     """A truncated file, an empty one and a text file with an image's name, in training and validation."""
     images = make_folder(tmp_path / "images", per_class=60)
@@ -200,7 +210,7 @@ def test_bad_images_are_skipped_counted_and_named(tmp_path: Path) -> None:
         assert name in (run / "report.html").read_text()
     assert "light/notes.txt" in named
     assert summary["bad_images"] == 4
-    held_out = set((run / "validation.txt").read_text().splitlines())
+    held_out = set(read_json(run / "validation.json"))
     bad_held_out = held_out & {"dark/truncated.jpg", "light/empty.png", "light/text.jpg"}
     assert summary["images"] == len(held_out) - len(bad_held_out)
 

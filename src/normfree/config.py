@@ -20,6 +20,16 @@ T = TypeVar("T")
 class UserError(ValueError):
     """Something the user can mend; the message is one line that says how."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """One line that any stream takes: a file's name may hold line breaks and bytes that are no text."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -100,6 +110,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("data.shift", "not negative", lambda v: v >= 0),
     ("data.zoom", "in [0, 1)", lambda v: 0 <= v < 1),
     ("data.rotate", "in [0, 180]", lambda v: 0 <= v <= 180),
+    ("data.margin", "not negative", lambda v: v >= 0),
     ("data.std", "positive", lambda v: min(v) > 0),
     ("data.validation", "in (0, 1)", lambda v: 0 < v < 1),
     ("data.workers", "not negative", lambda v: v >= 0),
@@ -211,7 +222,10 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
             raise UserError(f"{where} must be a list of {len(items)}, not {value!r}")
         return tuple(_checked(i, v, where) for i, v in zip(items, value, strict=True))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{where} is too large") from None
     if type(value) is not hint:
         raise UserError(f"{where} must be {hint.__name__}, not {value!r}")
     return value

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normfree.config import UserError
 from normfree.data.crop import Preprocessing
 from normfree.data.loader import eval_batches
 from normfree.data.sources import Source
@@ -80,11 +81,11 @@ def score(outputs: Outputs) -> Scores:
     """Accuracies and loss. Of equal logits the lower class counts as the greater, as argmax has it.
 
     Raises:
-        ValueError: no image could be read.
+        UserError: no image could be read.
     """
     n = len(outputs.labels)
     if n == 0:
-        raise ValueError("no validation image could be read")
+        raise UserError("no validation image could be read")
     # place of the true class: how many classes beat it, ties going to the lower index; NaN beats, and is beaten
     own = outputs.logits.gather(1, outputs.labels[:, None])
     earlier = torch.arange(outputs.logits.shape[1]) < outputs.labels[:, None]

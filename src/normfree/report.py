@@ -64,7 +64,7 @@ def write_report(folder: Path, page: Path, findings: Findings) -> None:
         png = _png(figure)
         write_atomic(folder / f"{name}.png", png)
         shown.append((name, caption, png))
-    write_atomic(page, _page(findings, shown).encode())
+    write_atomic(page, _page(findings, shown).encode(errors="backslashreplace"))
 
 
 def curves(metrics: Sequence[dict[str, Any]]) -> Figure:

@@ -33,6 +33,7 @@ def _main(arguments: list[str]) -> int:
 
         print(f"normfree {__version__}")
         return 0
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files may be no text
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
         print(f"normfree: unknown command {name!r}{suggestion(name, COMMANDS) or _choices()}", file=sys.stderr)

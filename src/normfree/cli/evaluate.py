@@ -45,8 +45,6 @@ def run(arguments: Sequence[str]) -> int:
     outputs = infer(model, source, trained.preprocessing, trained.batch_size)
     for index, reason in outputs.bad:
         warn(f"not counted: {source.name(index)}: {reason}")
-    if len(outputs.labels) == 0:
-        raise UserError("none of the images could be read")
     scores = score(outputs)
     if args.json:
         print(json.dumps(scores.as_dict()))

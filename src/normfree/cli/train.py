@@ -29,7 +29,7 @@ from normfree.models import model_config
 from normfree.recipes import RECIPES
 from normfree.runlog import Screen, duration, percent
 from normfree.train.finish import finish
-from normfree.train.loop import State, Stopped, fit, held_out, prepare, resume
+from normfree.train.loop import Stopped, begin, fit, held_out, prepare, resume
 from normfree.train.record import RunFolder, conflicts, free_folder, newest_run
 
 RUNS = Path("runs")
@@ -78,7 +78,7 @@ def run(arguments: Sequence[str]) -> int:
             state = resume(job)
         else:
             held_out(folder, train, val)
-            state = State()
+            state = begin(job)
         screen.say(
             f"{len(train)} training and {len(val)} validation images of {len(train.classes)} classes; "
             f"{job.total} steps; writing to {folder.path}"

@@ -66,7 +66,7 @@ class TrainCrop:
     """A random crop. kind "box": a part of the image, area and aspect random, resized (Szegedy et al. 2016b).
 
     kind "shift": the evaluation image, moved by up to `shift` pixels, zoomed by up to the factor 1 +- `zoom` and turned
-    by up to `rotate` degrees; for images in which everything matters, such as characters.
+    by up to `rotate` degrees, black where nothing is; for images in which everything matters, such as characters.
     """
 
     kind: str
@@ -81,6 +81,8 @@ class TrainCrop:
     def __post_init__(self) -> None:
         if self.kind not in TRAIN_CROPS:
             raise UserError(f"unknown crop {self.kind!r}; choose from {', '.join(TRAIN_CROPS)}")
+        if self.still.size != self.size:
+            raise UserError(f"the evaluation image has {self.still.size} px, the training crop {self.size}")
 
     def __call__(self, image: Pixels, draws: NDArray[np.float32]) -> Pixels:
         """(H, W, 3), uniform numbers (DRAWS,) -> (size, size, 3)."""
@@ -95,17 +97,14 @@ class TrainCrop:
     def _moved(self, image: Pixels, draws: NDArray[np.float32]) -> Pixels:
         dx, dy = (math.floor(d * (2 * self.shift + 1)) - self.shift for d in draws[:2].tolist())
         zoom, turn = (2.0 * d - 1.0 for d in draws[2:4].tolist())
-        reach = self.size // 2  # of the border, which repeats the edge
-        canvas = np.pad(image, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
-        # output pixel p shows canvas pixel  middle + zoom * R * (p - middle of the output) + (dx, dy)
+        # output pixel p shows image pixel  middle + scale * R * (p - middle) + (dx, dy);  outside is black
         middle, scale, angle = self.size / 2, 1.0 + self.zoom * zoom, math.radians(self.rotate * turn)
         c, s = scale * math.cos(angle), scale * math.sin(angle)
-        x, y = reach + middle + dx - (c - s) * middle, reach + middle + dy - (s + c) * middle
-        affine = (c, -s, x, s, c, y)
-        moved = Image.fromarray(canvas).transform(
-            (self.size, self.size), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC
+        affine = (c, -s, middle + dx - (c - s) * middle, s, c, middle + dy - (s + c) * middle)
+        side = (self.size, self.size)
+        return np.asarray(
+            Image.fromarray(image).transform(side, Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC)
         )
-        return np.asarray(moved)
 
 
 def distorted_box(width: int, height: int, min_area: float, draws: NDArray[np.float32]) -> tuple[int, int, int, int]:

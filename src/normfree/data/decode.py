@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+
+from normfree.config import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS = 100_000_000  # a phone's largest panorama; checked on the header, before anything is decoded
 
 
-class BadImage(Exception):
+_TURNS = {  # EXIF orientation (tag 0x0112): what undoes it
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BadImage(UserError):
     """The bytes are no image that we read; the message is the reason, without the name of the file."""
 
 
@@ -24,9 +39,11 @@ def image_size(content: bytes) -> tuple[int, int]:
     Raises:
         BadImage: not an image of `FORMATS`, or larger than `MAX_PIXELS`.
     """
-    image = _open(content)
-    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientation: a quarter turn
-    return (image.height, image.width) if turned else image.size
+    with _as_bad_image("header"):
+        image = _open(content)
+        # Pillow turns a TIFF itself when it loads it, and announces its size as turned
+        turned = image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8)
+        return (image.height, image.width) if turned else image.size
 
 
 def decode(content: bytes) -> NDArray[np.uint8]:
@@ -35,50 +52,56 @@ def decode(content: bytes) -> NDArray[np.uint8]:
     Raises:
         BadImage: not an image of `FORMATS`, larger than `MAX_PIXELS`, or broken; truncated files are broken.
     """
-    image = _open(content)
-    try:
+    with _as_bad_image("header"):
+        image = _open(content)
+    with _as_bad_image(str(image.format)):
         image.load()
-        return np.array(_to_rgb(ImageOps.exif_transpose(image)))
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        EOFError,
-        IndexError,
-        KeyError,
-        TypeError,
-        Image.DecompressionBombError,
-    ) as e:
-        raise BadImage(f"broken {image.format}: {_reason(e)}") from e
-    except Exception as e:  # Pillow's plug-ins raise struct.error, zlib.error and more on hostile files
-        raise BadImage(f"broken {image.format}: {type(e).__name__}: {_reason(e)}") from e
+        orientation = _orientation(image)
+        rgb = _to_rgb(image)
+        return np.array(rgb.transpose(_TURNS[orientation]) if orientation in _TURNS else rgb)
+
+
+@contextmanager
+def _as_bad_image(what: str) -> Iterator[None]:
+    """Pillow warns on odd files, and its plug-ins raise anything from OSError to struct.error on broken ones."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except BadImage:
+        raise
+    except UnidentifiedImageError:
+        raise BadImage(f"not an image of a known format ({', '.join(FORMATS)})") from None
+    except Exception as e:
+        raise BadImage(f"broken {what}: {str(e) or type(e).__name__}") from e
 
 
 def _open(content: bytes) -> Image.Image:
     if not content:
         raise BadImage("the file is empty")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns from half of its own pixel cap; ours is checked below
-            image = Image.open(io.BytesIO(content), formats=FORMATS)
-    except UnidentifiedImageError as e:
-        raise BadImage(f"not an image of a known format ({', '.join(FORMATS)})") from e
-    except Exception as e:
-        raise BadImage(f"broken header: {_reason(e)}") from e
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise BadImage(f"{image.width}x{image.height} is over the limit of {MAX_PIXELS // 10**6} million pixels")
+    if image.width * image.height == 0:
+        raise BadImage(f"{image.width}x{image.height} has no pixels")
     return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation; 1, upright, where EXIF is missing or damaged."""
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:
+        return 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode == "I":  # 16 bits: Pillow's own conversion clips at 255
         pixels = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((pixels.clip(0, 65535) >> 8).astype(np.uint8))
+        grey = (pixels.clip(0, 65535) >> 8).astype(np.uint8)
+        grey[pixels == image.info.get("transparency", -1)] = 255
+        return Image.fromarray(grey).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def _reason(e: BaseException) -> str:
-    return str(e).splitlines()[0] if str(e) else type(e).__name__

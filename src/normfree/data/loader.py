@@ -6,8 +6,11 @@ Workers only read, decode and crop. What they deliver depends on the position in
 from __future__ import annotations
 
 import math
+import multiprocessing
 import signal
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,13 +38,19 @@ class Batch(NamedTuple):
     bad: list[tuple[int, str]]
 
 
-class _TrainStream(Dataset[Batch]):
+class _TrainStream(Dataset["Batch | BadImage"]):
     """Item p is the crop of the sample at position p; fetched a batch at a time."""
 
     def __init__(self, source: Source, crop: TrainCrop, seed: int) -> None:
         self.source, self.crop, self.seed = source, crop, seed
 
-    def __getitems__(self, positions: list[int]) -> Batch:
+    def __getitems__(self, positions: list[int]) -> Batch | BadImage:
+        try:
+            return self._batch(positions)
+        except BadImage as e:
+            return e
+
+    def _batch(self, positions: list[int]) -> Batch:
         passes, indices = samples_at(np.array(positions), len(self.source), self.seed)
         draws = random.uniform(self.seed, Purpose.CROP, passes, indices, n=DRAWS)
         images = np.empty((len(positions), self.crop.size, self.crop.size, 3), np.uint8)
@@ -104,17 +113,8 @@ def train_batches(
     """The batches of these steps; step s has positions s * batch_size and on, of the stream of `samples_at`."""
     stream, requests = _TrainStream(source, crop, seed), _Steps(steps, batch_size)
     if not workers:
-        return (stream.__getitems__(positions) for positions in requests)
-    return iter(
-        DataLoader(
-            stream,
-            batch_sampler=requests,
-            num_workers=workers,
-            collate_fn=_as_is,
-            pin_memory=pin,
-            worker_init_fn=_deaf,
-        )
-    )
+        return (_batch_or_error(stream.__getitems__(positions)) for positions in requests)
+    return _start(DataLoader(stream, batch_sampler=requests, **_worker_options(workers, pin)))
 
 
 def eval_batches(
@@ -124,16 +124,7 @@ def eval_batches(
     batches = _EvalBatches(source, preprocessing, batch_size)
     if not workers:
         return (batches[b] for b in range(len(batches)))
-    return iter(
-        DataLoader(
-            batches,
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=_as_is,
-            pin_memory=pin,
-            worker_init_fn=_deaf,
-        )
-    )
+    return _start(DataLoader(batches, batch_size=None, **_worker_options(workers, pin)))
 
 
 class _Steps:
@@ -147,6 +138,41 @@ class _Steps:
 
     def __len__(self) -> int:
         return len(self.steps)
+
+
+def _worker_options(workers: int, pin: bool) -> dict[str, Any]:
+    return {
+        "num_workers": workers,
+        "collate_fn": _as_is,
+        "pin_memory": pin,
+        "worker_init_fn": _deaf,
+        "generator": torch.Generator(),  # for seeds of workers, instead of torch's own
+    }
+
+
+def _start(loader: DataLoader[Any]) -> Iterator[Batch]:
+    """The batches of a loader, whose workers end with this process even if they are in the middle of something.
+
+    At its end Python asks children to terminate, which ours ignore, and then waits for them: so they are killed first.
+    """
+    before = set(multiprocessing.active_children())
+    batches = iter(loader)
+    workers = list(set(multiprocessing.active_children()) - before)
+    Finalize(None, _kill, args=(workers,), exitpriority=100)
+    return (_batch_or_error(batch) for batch in batches)
+
+
+def _batch_or_error(batch: Batch | BadImage) -> Batch:
+    # an exception that crosses from a worker by being raised would bring its traceback along as text
+    if isinstance(batch, BadImage):
+        raise batch
+    return batch
+
+
+def _kill(workers: list[BaseProcess]) -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed worker for an accident
+    for worker in workers:
+        worker.kill()
 
 
 def _as_is(batch: Any) -> Any:

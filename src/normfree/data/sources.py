@@ -54,6 +54,8 @@ class Names:
         return len(self._ends)
 
     def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self._ends):
+            raise IndexError(index)
         start = self._ends[index - 1] if index > 0 else 0
         return os.fsdecode(self._buffer[start : self._ends[index]])
 
@@ -155,18 +157,29 @@ def _halves(root: Path) -> tuple[Path, Path | None]:
     """(folder of the training images, folder of the validation images if there is one)."""
     if not root.is_dir():
         raise UserError(f"{root} is {'not a folder' if root.exists() else 'missing'}; {_LAYOUT}")
-    inside = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    train = next((n for n in TRAIN_NAMES if n in inside), None)
-    val = next((n for n in VALIDATION_NAMES if n in inside), None)
-    if train is None and val is None:
-        return root, None
-    wanted, missing = (TRAIN_NAMES, "train") if train is None else (VALIDATION_NAMES, "val")
-    if train is None or val is None:
-        near = [n for n in inside if n != (train or val) and difflib.get_close_matches(n.lower(), wanted, cutoff=0.6)]
-        if train is None or near:
-            hint = f"; rename {near[0]!r} to {missing!r}?" if near else f"; {_LAYOUT}"
-            raise UserError(f"{root} has a folder {train or val!r} and no {missing!r}{hint}")
-    return root / train, root / val if val is not None else None
+    inside = [n for n in _folders(root) if _folders(root / n)]  # a class may be called "train": it has no folders in it
+    train = next((n for n in inside if n.lower() in TRAIN_NAMES), None)
+    val = next((n for n in inside if n.lower() in VALIDATION_NAMES), None)
+    if train is not None and val is not None:
+        return root / train, root / val
+    others = [n for n in inside if n not in (train, val)]
+    like_train, like_val = (_nearest(names, others) for names in (TRAIN_NAMES, VALIDATION_NAMES))
+    if train is None and (val is not None or (like_train and like_val)):
+        hint = f"rename {like_train!r} to 'train'?" if like_train else _LAYOUT
+        raise UserError(f"{root} has a folder {val or like_val!r} and no 'train'; {hint}")
+    if train is not None and like_val:
+        raise UserError(f"{root} has a folder {train!r} and no 'val'; rename {like_val!r} to 'val'?")
+    return (root / train if train is not None else root), None
+
+
+def _nearest(names: Sequence[str], among: Sequence[str]) -> str | None:
+    """The first of `among` that is nearly one of the names."""
+    return next((n for n in among if difflib.get_close_matches(n.lower(), names, cutoff=0.6)), None)
+
+
+def _folders(root: Path) -> list[str]:
+    """Names of the folders inside, sorted, without the hidden ones."""
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def open_folder(root: Path, single_class: bool = False, prefix: str = "") -> FolderSource:
@@ -177,12 +190,15 @@ def open_folder(root: Path, single_class: bool = False, prefix: str = "") -> Fol
     """
     if not root.is_dir():
         raise UserError(f"{root} is {'not a folder' if root.exists() else 'missing'}; {_LAYOUT}")
-    classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    classes = _folders(root)
     if not classes:
         raise UserError(f"{root} has no class folders; {_LAYOUT}")
-    names, labels, ignored = [], [], []
+    names: list[str] = []
+    labels: list[int] = []
+    ignored: list[str] = []
+    known = {_identity(root), *(_identity(root / c) for c in classes)}
     for label, class_name in enumerate(classes):
-        found, others = _images_below(root, class_name)
+        found, others = _images_below(root, class_name, set(known))
         if not found:
             raise UserError(f"class {class_name!r} has no images ({root / class_name}); remove the folder or fill it")
         names += found
@@ -194,16 +210,32 @@ def open_folder(root: Path, single_class: bool = False, prefix: str = "") -> Fol
     return FolderSource(root, Names(names), np.array(labels, np.int64), tuple(classes), ignored, prefix)
 
 
-def _images_below(root: Path, folder: str) -> tuple[list[str], list[str]]:
+def _images_below(root: Path, folder: str, seen: set[tuple[int, int]]) -> tuple[list[str], list[str]]:
+    """(images, other files) of a class, relative to the root; no folder twice, where links lead in circles."""
     images: list[str] = []
     others: list[str] = []
-    for where, folders, files in os.walk(root / folder, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        for f in sorted(files):
-            if not f.startswith("."):
-                path = os.path.relpath(os.path.join(where, f), root)
-                (images if f.lower().endswith(EXTENSIONS) else others).append(path)
+    for where, folders, files in os.walk(root / folder, followlinks=True, onerror=_raise):
+        fresh = []
+        for f in sorted(f for f in folders if not f.startswith(".")):
+            identity = _identity(Path(where, f))
+            if identity not in seen:
+                seen.add(identity)
+                fresh.append(f)
+        folders[:] = fresh
+        for f in sorted(f for f in files if not f.startswith(".")):
+            path = os.path.relpath(os.path.join(where, f), root)
+            (images if f.lower().endswith(EXTENSIONS) else others).append(path)
     return images, others
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """The same for every name of a file or folder."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def with_classes(source: FolderSource, classes: tuple[str, ...]) -> FolderSource:
@@ -223,10 +255,20 @@ def with_classes(source: FolderSource, classes: tuple[str, ...]) -> FolderSource
     return FolderSource(source.root, source.names, index[source.labels], classes, source.ignored, source.prefix)
 
 
-def split(source: Source, share: float) -> tuple[Source, Source]:
-    """(train, validation), stratified: of every class the share with the smallest hash of its name, at least one.
+def fingerprint(source: Source) -> str:
+    """A hash of the names, the labels and the classes: another one means that the samples are others."""
+    digest = hashlib.blake2b("\0".join(source.classes).encode(errors="surrogateescape"), digest_size=16)
+    digest.update(source.labels.tobytes())
+    for i in range(len(source)):
+        digest.update(os.fsencode(source.name(i)) + b"\0")
+    return digest.hexdigest()
 
-    A hash of the name and not a draw, so that the same file stays on its side when others are added.
+
+def split(source: Source, share: float) -> tuple[Source, Source]:
+    """(train, validation), stratified: of every class the share with the smallest hashes of its names.
+
+    At least one image of each class is on each side. Hashes and not draws, so that a file stays on its side when others
+    are added.
 
     Raises:
         UserError: the share is not in (0, 1), or a class has one image only.
@@ -239,7 +281,7 @@ def split(source: Source, share: float) -> tuple[Source, Source]:
         members = sorted(np.flatnonzero(source.labels == label), key=lambda i: rank[i])
         if len(members) < 2:
             raise UserError(f"class {class_name!r} has one image only, so none can be held out for validation")
-        held_out[members[: max(1, round(share * len(members)))]] = True
+        held_out[members[: min(max(1, round(share * len(members))), len(members) - 1)]] = True
     return source.subset(np.flatnonzero(~held_out)), source.subset(np.flatnonzero(held_out))
 
 

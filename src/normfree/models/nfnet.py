@@ -88,8 +88,8 @@ _SMALL = {
         drop_rate=0.0,
         magnitude=0,
         stochastic_depth=0.0,
-        stem_widths=(16,),
-        stem_strides=(2, 1),
+        stem_widths=(16, 32),
+        stem_strides=(2, 1, 1),
         group_width=16,
     ),
     "nfnet_small": NFNetConfig(

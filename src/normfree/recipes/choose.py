@@ -49,7 +49,7 @@ def device() -> tuple[str, str]:
     """(device, why)."""
     if torch.cuda.is_available():
         return "cuda", torch.cuda.get_device_name()
-    return "cpu", f"no CUDA device; {torch.get_num_threads()} threads"
+    return "cpu", f"no CUDA device; threads: {torch.get_num_threads()}"
 
 
 def free_memory(device: str) -> int:

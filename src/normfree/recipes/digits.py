@@ -18,14 +18,14 @@ def digits(given: Given) -> Run:
         train_crop="shift",
         min_area=1.0,
         shift=3,
-        zoom=0.1,
-        rotate=10.0,
+        zoom=0.15,
+        rotate=15.0,
         flip=False,
         eval_crop="pad",
         margin=2,
         mean=(0.1307, 0.1307, 0.1307),
         std=(0.3081, 0.3081, 0.3081),
     )
-    optim = OptimConfig(lr=lr, clipping=0.04, warmup=2.0)
+    optim = OptimConfig(lr=lr, clipping=0.04, warmup=3.0)
     train = TrainConfig(epochs=24.0, batch_size=batch, device=device)
-    return given.apply(Run("digits", ModelConfig("nfnet_tiny"), data, optim, train))
+    return given.apply(Run("digits", ModelConfig("nfnet_tiny", drop_rate=0.3, skip_init=1.0), data, optim, train))

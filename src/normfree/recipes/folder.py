@@ -19,6 +19,8 @@ from normfree.models.nfnet import NFNetConfig
 from normfree.optim import WarmupCosine
 from normfree.recipes import choose
 
+_EPOCHS, _STEPS = 30, 2000  # that small networks need to converge; a run has both if time allows
+_LONG = 20_000  # steps from which SkipInit starts at 0, as in the paper
 _SAMPLE = 256  # images whose headers are read
 _CPU_SPEED, _GPU_SPEED = 15e9, 15e12  # multiply-adds a second in training, of a core and a device; orders of magnitude
 _CPU_MINUTES, _GPU_MINUTES = 10, 60  # that a run without settings aims at
@@ -55,6 +57,10 @@ def folder(given: Given) -> Run:
     epochs = given.choose("train.epochs", *_epochs(facts, config, size, device, batch))
     lr = given.choose("optim.lr", 0.1 * batch / 256, f"0.1 x {batch} / 256 (A.1 of the paper)")
     optim = _optim(given, facts, lr, batch, epochs)
+    short = epochs * facts.images / batch < _LONG
+    skip_init = given.choose(
+        "model.skip_init", 1.0 if short else 0.0, "a short run: the residual branches work at once" if short else ""
+    )
     flip, why = _flip(facts.classes)
     data = DataConfig(
         root=root,
@@ -79,7 +85,9 @@ def folder(given: Given) -> Run:
     train = TrainConfig(
         epochs=epochs, batch_size=batch, device=device, precision=precision, eval_batch_size=min(250, 2 * batch)
     )
-    return given.apply(Run("folder", ModelConfig(name, config.drop_rate, config.stochastic_depth), data, optim, train))
+    return given.apply(
+        Run("folder", ModelConfig(name, config.drop_rate, config.stochastic_depth, skip_init), data, optim, train)
+    )
 
 
 def look(source: Source) -> Facts:
@@ -111,7 +119,19 @@ def _model(facts: Facts, size: int, device: str) -> tuple[str, str]:
         return "nfnet_f0", f"{facts.images} images on an accelerator"
     if size <= 40:
         return "nfnet_tiny", f"for {size} px"
-    return "nfnet_small", f"for {size} px and {facts.images} images"
+    small = replace(model_config("nfnet_small"), num_classes=len(facts.classes))
+    if _affordable(small, facts, size, device) >= _EPOCHS:
+        return "nfnet_small", f"for {size} px; {facts.images} images are few enough for it here"
+    return "nfnet_tiny", f"nfnet_small would need too long for {facts.images} images here"
+
+
+def _affordable(config: NFNetConfig, facts: Facts, size: int, device: str) -> float:
+    """Epochs in the time that a run without settings aims at; an estimate within a factor of about two."""
+    if device.startswith("cuda"):
+        operations = _GPU_MINUTES * 60 * _GPU_SPEED
+    else:
+        operations = _CPU_MINUTES * 60 * _CPU_SPEED * torch.get_num_threads()
+    return operations / (3 * choose.multiply_adds(config, size) * facts.images)  # backward costs twice forward
 
 
 def _batch(facts: Facts, config: NFNetConfig, size: int, device: str) -> tuple[int, str]:
@@ -124,14 +144,9 @@ def _batch(facts: Facts, config: NFNetConfig, size: int, device: str) -> tuple[i
 
 
 def _epochs(facts: Facts, config: NFNetConfig, size: int, device: str, batch: int) -> tuple[float, str]:
-    if device.startswith("cuda"):
-        minutes, speed = _GPU_MINUTES, _GPU_SPEED
-    else:
-        minutes, speed = _CPU_MINUTES, _CPU_SPEED * torch.get_num_threads()
-    affordable = minutes * 60 * speed / (3 * choose.multiply_adds(config, size) * facts.images)
-    enough = 2000 * batch / facts.images  # steps in which SkipInit and the schedule work well
-    epochs = float(round(min(max(affordable, 10), 300, max(30, enough))))
-    return epochs, f"{round(epochs * facts.images / batch)} steps; about {minutes} minutes at most, roughly"
+    enough = max(_EPOCHS, _STEPS * batch / facts.images)
+    epochs = float(round(min(max(_affordable(config, facts, size, device), _EPOCHS / 3), enough, 300)))
+    return epochs, f"{round(epochs * facts.images / batch)} steps"
 
 
 def _optim(given: Given, facts: Facts, lr: float, batch: int, epochs: float) -> OptimConfig:

@@ -36,25 +36,46 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
         OSError: it could not be written; those that were there before are untouched.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    final, beside = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"
-    shutil.rmtree(beside, ignore_errors=True)
+    _clear(folder)
+    final, beside = _free_name(folder, step), folder / f".step-{step:08d}.tmp"
     try:
         beside.mkdir()
         write_atomic(beside / _FILES[0], save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}))
         write_json(beside / _FILES[1], state)
         manifest = {n: {"size": (beside / n).stat().st_size, "sha256": sha256(beside / n)} for n in _FILES}
         write_json(beside / "manifest.json", manifest)
-        if final.exists():  # the same step again, after a resume: the old one is as good until the new one is in place
-            shutil.rmtree(final)
         beside.rename(final)
         sync_folder(folder)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
     write_atomic(folder / "latest", final.name.encode())
-    for old in _steps(folder)[keep:]:
+    others = [p for p in _steps(folder) if p != final]
+    # those of this step or later are an earlier try at it, or were passed over as broken when this run was resumed
+    older = [p for p in others if p.name < f"step-{step:08d}"]
+    for old in {*others} - {*older[: keep - 1]}:
         shutil.rmtree(old, ignore_errors=True)
-    return final
+    plain = folder / f"step-{step:08d}"
+    if final != plain:
+        final.rename(plain)
+        write_atomic(folder / "latest", plain.name.encode())
+    return plain
+
+
+def _free_name(folder: Path, step: int) -> Path:
+    """step-N, or where it is taken step-N-2 and on, so that the first stays until the second is in place."""
+    name = f"step-{step:08d}"
+    tries = (folder / name, *(folder / f"{name}-{n}" for n in range(2, 10)))
+    return next((p for p in tries if not p.exists()), tries[0])
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a killed save left."""
+    for left in folder.glob(".*.tmp"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
@@ -94,6 +115,6 @@ def _problem(path: Path) -> str | None:
                 return f"{name} does not have its checksum"
     except FileNotFoundError as e:
         return f"{Path(str(e.filename)).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         return f"the manifest cannot be read: {e}"
     return None

