@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -175,6 +176,16 @@ def test_lists_of_any_length() -> None:
     assert from_dict(_Sizes, {"sizes": [1, 2, 3, 4]}) == _Sizes((1, 2, 3, 4))
     assert from_dict(_Sizes, {"sizes": []}) == from_dict(_Sizes, {}) == _Sizes()
     assert refusal(lambda: from_dict(_Sizes, {"sizes": [1, "2"]}, "x")) == "x.sizes must be int, not '2'"
+
+
+@pytest.mark.parametrize("text", ["a\nb", "a\r\nb", "\u2028", "\x1b[31m", "\x00", os.fsdecode(b"\xff.jpg")])
+def test_errors_are_one_line_that_can_be_printed(text: str) -> None:
+    """Whatever a path in it holds, the message of a UserError is one line of text, without control characters."""
+    message = str(UserError(f"{text} is missing"))
+    assert message.isprintable()
+    assert message.encode().decode() == message
+    assert message.endswith(" is missing")
+    assert str(UserError("größe 猫")) == "größe 猫"
 
 
 # check_ranges

@@ -15,8 +15,8 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 from PIL import Image
 
-from normfree.config import UserError
-from normfree.data.crop import DRAWS, EVAL_CROPS, TRAIN_CROPS, Preprocessing, TrainCrop, distorted_box
+from normfree.config import EVAL_CROPS, TRAIN_CROPS, UserError
+from normfree.data.crop import DRAWS, Preprocessing, TrainCrop, distorted_box
 from normfree.random import Purpose, uniform
 
 Pixels = NDArray[np.uint8]

@@ -30,9 +30,10 @@ from normfree.data.order import samples_at
 from normfree.data.sources import ArraySource, FolderSource, Source, open_folder
 from normfree.random import Purpose, uniform
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:This DataLoader will create"  # three workers on a machine of two cores are part of the claim
-)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This DataLoader will create"),  # more workers than cores are part of the claim
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded"),  # Python 3.12 warns of torch's own fork
+]
 CALM = settings(deadline=None, max_examples=40)  # a busy machine is no failure
 COLOURS = {"amber": (220, 160, 20), "blue": (20, 40, 200), "cyan": (10, 190, 190)}
 SIZE, BATCH, STEPS = 12, 5, 9
@@ -151,6 +152,24 @@ def test_every_sample_comes_once_a_pass(source: FolderSource) -> None:
         assert np.bincount(one_pass).tolist() == [6, 6, 6]
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files as Linux shows them")
+def test_streams_leave_nothing_open(source: FolderSource) -> None:
+    """A stream that has ended, and one that was dropped, leave neither open files nor processes, however many."""
+
+    def use() -> None:
+        batches_of(source, range(2), workers=1)
+        next(train_batches(source, CROP, 3, BATCH, range(9), workers=1))
+        list(eval_batches(source, STILL, 9, workers=1))
+
+    use()
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd")), len(multiprocessing.active_children())
+    for _ in range(3):
+        use()
+    gc.collect()
+    assert (len(os.listdir("/proc/self/fd")), len(multiprocessing.active_children())) == before
+
+
 def test_shifted_crops_of_arrays() -> None:
     """Sources in memory work as folders do, also with workers."""
     images = np.random.default_rng(1).integers(0, 256, (7, 9, 9, 3), dtype=np.uint8)
@@ -224,9 +243,11 @@ def why_it_ends(source: Source, workers: int) -> str:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_source_without_a_readable_image_ends(hopeless: FolderSource, workers: int) -> None:
-    """When no image can be read the search ends in BadImage, which names a file and a reason in one line."""
+    """When no image can be read the search ends in BadImage, one line with a file and a reason; workers end at once."""
+    began = time.monotonic()
     message = why_it_ends(hopeless, workers)
     gc.collect()
+    assert time.monotonic() - began < 4  # torch waits for 5 s, twice, for workers that it cannot tell to end
     assert re.fullmatch(r"none of 100 images in place of \w+/\d\.jpg could be read: the file is empty", message)
 
 

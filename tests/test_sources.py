@@ -95,6 +95,24 @@ def test_train_and_validation_folders(tmp_path: Path, train_name: str, val_name:
     assert training_folder(tmp_path) == tmp_path / train_name
 
 
+@pytest.mark.parametrize(("train_name", "val_name"), [("Train", "Val"), ("TRAIN", "VALID"), ("train", "Val")])
+def test_capitals_do_not_matter(tmp_path: Path, train_name: str, val_name: str) -> None:
+    """Train/ and Val/ are what train/ and val/ are, for training and for evaluation."""
+    classes_of(tmp_path / train_name, "a", "b", n=3)
+    classes_of(tmp_path / val_name, "a", "b", n=2)
+    train, val = open_data(str(tmp_path), 0.5)
+    assert (train.classes, len(train), len(val)) == (("a", "b"), 6, 4)
+    assert len(open_validation(str(tmp_path), ("a", "b"))) == 4
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    """Beside cars and buses, trains are a class: they have no folders in them."""
+    train, val = open_data(str(classes_of(tmp_path, "bus", "car", "train", n=4)), 0.25)
+    assert train.classes == ("bus", "car", "train")
+    assert (len(train), len(val)) == (9, 3)
+    assert len(open_validation(str(tmp_path), train.classes)) == 12
+
+
 def test_train_alone_is_split(tmp_path: Path) -> None:
     """ROOT/train without a ROOT/val is split, also beside folders that are no near miss, such as test."""
     classes_of(tmp_path / "train", "a", "b", n=5)
@@ -231,7 +249,7 @@ def test_an_empty_class_of_a_weird_name_is_still_one_line(tmp_path: Path) -> Non
     assert "class 'two\\nlines' has no images" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize(("folder", "missing"), [("vla", "val"), ("valdation", "val"), ("vals", "val")])
+@pytest.mark.parametrize(("folder", "missing"), [("vla", "val"), ("valdation", "val"), ("vals", "val"), ("VLA", "val")])
 def test_a_misspelt_validation_folder(tmp_path: Path, folder: str, missing: str) -> None:
     """A near miss beside train/ is not passed over: it would be split without a word."""
     classes_of(tmp_path / "train", "a", "b")
@@ -239,7 +257,7 @@ def test_a_misspelt_validation_folder(tmp_path: Path, folder: str, missing: str)
     assert refusal(tmp_path) == f"{tmp_path} has a folder 'train' and no '{missing}'; rename {folder!r} to '{missing}'?"
 
 
-@pytest.mark.parametrize("folder", ["trian", "trainn"])
+@pytest.mark.parametrize("folder", ["trian", "Trian", "trainn"])
 def test_a_misspelt_training_folder(tmp_path: Path, folder: str) -> None:
     """A near miss beside val/ is suggested."""
     classes_of(tmp_path / folder, "a", "b")
@@ -251,6 +269,22 @@ def test_validation_without_training(tmp_path: Path) -> None:
     """val/ alone is told what is expected."""
     message = refusal(classes_of(tmp_path / "val", "a", "b").parent)
     assert message.startswith(f"{tmp_path} has a folder 'val' and no 'train'; expected")
+
+
+@pytest.mark.parametrize("files", [(), ("0.jpg", "1.jpg"), ("notes.txt",)])
+def test_a_validation_folder_without_classes(tmp_path: Path, files: tuple[str, ...]) -> None:
+    """A val/ that is empty, or has its images without class folders, is named: it is not passed over for a split."""
+    classes_of(tmp_path / "train", "a", "b")
+    (tmp_path / "val").mkdir()
+    put(tmp_path / "val", *files)
+    assert refusal(tmp_path).startswith(f"{tmp_path / 'val'} has no class folders; expected")
+
+
+def test_a_training_folder_without_classes(tmp_path: Path) -> None:
+    """So is such a train/ beside a proper val/."""
+    put(tmp_path / "train", "0.jpg")
+    classes_of(tmp_path / "val", "a", "b")
+    assert refusal(tmp_path).startswith(f"{tmp_path / 'train'} has no class folders; expected")
 
 
 @pytest.mark.parametrize("folders", [("Train", "Val"), ("TRAIN", "VALID"), ("trian", "vla")])

@@ -102,8 +102,15 @@ class Run:
     train: TrainConfig
 
 
+EVAL_CROPS = ("center", "squash", "pad")
+TRAIN_CROPS = ("box", "shift")
+
 # name, what it must be, and the test
 _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("model.drop_rate", "in [0, 1)", lambda v: v is None or 0 <= v < 1),
+    ("model.stochastic_depth", "in [0, 1)", lambda v: v is None or 0 <= v < 1),
+    ("data.train_crop", " or ".join(TRAIN_CROPS), lambda v: v in TRAIN_CROPS),
+    ("data.eval_crop", " or ".join(EVAL_CROPS), lambda v: v in EVAL_CROPS),
     ("data.size", "positive", lambda v: v > 0),
     ("data.test_size", "positive", lambda v: v > 0),
     ("data.min_area", "in (0, 1]", lambda v: 0 < v <= 1),

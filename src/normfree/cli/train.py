@@ -29,7 +29,7 @@ from normfree.models import model_config
 from normfree.recipes import RECIPES
 from normfree.runlog import Screen, duration, percent
 from normfree.train.finish import finish
-from normfree.train.loop import Stopped, begin, fit, held_out, prepare, resume
+from normfree.train.loop import Stopped, begin, eval_preprocessing, fit, held_out, prepare, resume, train_crop
 from normfree.train.record import RunFolder, conflicts, free_folder, newest_run
 
 RUNS = Path("runs")
@@ -113,6 +113,8 @@ def _begin(args: Any, given: Given, screen: Screen) -> tuple[RunFolder, Run]:
     if "model.name" in given.values:
         model_config(given.values["model.name"])  # raises with the nearest names
     settings = RECIPES[name](given)
+    eval_preprocessing(settings)  # both raise on what cannot be, before anything is written
+    train_crop(settings)
     for setting, value, why in given.chosen:
         screen.say(f"{setting:<18} {_short(value):<14} {why}")
     folder = RunFolder.create(args.run_dir or free_folder(RUNS, name), settings)

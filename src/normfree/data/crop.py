@@ -14,11 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from normfree.config import UserError
+from normfree.config import EVAL_CROPS, TRAIN_CROPS, UserError
 
 Pixels = NDArray[np.uint8]  # (H, W, 3)
-EVAL_CROPS = ("center", "squash", "pad")
-TRAIN_CROPS = ("box", "shift")
 _TRIES = 10
 DRAWS = 1 + 4 * _TRIES  # uniform numbers that a training crop may use
 

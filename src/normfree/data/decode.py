@@ -98,9 +98,13 @@ def _orientation(image: Image.Image) -> int:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode == "I":  # 16 bits: Pillow's own conversion clips at 255
         pixels = np.asarray(image).astype(np.int64)
-        grey = (pixels.clip(0, 65535) >> 8).astype(np.uint8)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise BadImage("pixels of 32 bits have no known range")
+        grey = (pixels >> 8).astype(np.uint8)
         grey[pixels == image.info.get("transparency", -1)] = 255
         return Image.fromarray(grey).convert("RGB")
+    if image.mode == "F":
+        raise BadImage("pixels of floating point have no known range")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

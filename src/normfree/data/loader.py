@@ -9,7 +9,6 @@ import math
 import multiprocessing
 import signal
 from collections.abc import Iterator
-from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
 
@@ -157,22 +156,23 @@ def _start(loader: DataLoader[Any]) -> Iterator[Batch]:
     """
     before = set(multiprocessing.active_children())
     batches = iter(loader)
-    workers = list(set(multiprocessing.active_children()) - before)
-    Finalize(None, _kill, args=(workers,), exitpriority=100)
+    pids = [child.pid for child in set(multiprocessing.active_children()) - before]
+    Finalize(None, _kill, args=(pids,), exitpriority=100)
     return (_batch_or_error(batch) for batch in batches)
 
 
 def _batch_or_error(batch: Batch | BadImage) -> Batch:
     # an exception that crosses from a worker by being raised would bring its traceback along as text
     if isinstance(batch, BadImage):
-        raise batch
+        raise BadImage(str(batch))  # a new one: its traceback would hold the batch, and the workers, in a circle
     return batch
 
 
-def _kill(workers: list[BaseProcess]) -> None:
+def _kill(pids: list[int | None]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed worker for an accident
-    for worker in workers:
-        worker.kill()
+    for child in multiprocessing.active_children():
+        if child.pid in pids:
+            child.kill()
 
 
 def _as_is(batch: Any) -> Any:

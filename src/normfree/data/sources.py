@@ -133,43 +133,50 @@ def open_data(root: str, validation: float) -> tuple[Source, Source]:
     if root == "digits":
         return split(digits(), validation)
     path = Path(root).expanduser()
-    train_folder, val_folder = _halves(path)
-    if val_folder is None:
-        return split(open_folder(train_folder), validation)
-    train = open_folder(train_folder, prefix=f"{train_folder.name}/")
-    val = open_folder(val_folder, single_class=True, prefix=f"{val_folder.name}/")
+    train_name, val_name = _halves(path)
+    if val_name is None:
+        return split(open_folder(training_folder(path)), validation)
+    if train_name is None:
+        near = _nearest(TRAIN_NAMES, [n for n in _folders(path) if n != val_name])
+        hint = f"rename {near!r} to 'train'?" if near else _LAYOUT
+        raise UserError(f"{path} has a folder {val_name!r} and no 'train'; {hint}")
+    train = open_folder(path / train_name, prefix=f"{train_name}/")
+    val = open_folder(path / val_name, single_class=True, prefix=f"{val_name}/")
     return train, with_classes(val, train.classes)
 
 
 def open_validation(root: str, classes: tuple[str, ...]) -> Source:
     """What to evaluate on, below a root: its val/ if there is one, else all of it; labels index the given classes."""
     path = Path(root).expanduser()
-    halves = _halves(path) if any((path / n).is_dir() for n in (*TRAIN_NAMES, *VALIDATION_NAMES)) else (path, None)
-    return with_classes(open_folder(halves[1] or halves[0], single_class=True), classes)
+    train_name, val_name = _halves(path)
+    return with_classes(open_folder(path / (val_name or train_name or ""), single_class=True), classes)
 
 
 def training_folder(root: Path) -> Path:
     """Where the class folders of the training images are: ROOT/train, or ROOT itself."""
-    return _halves(root)[0]
+    return root / (_halves(root)[0] or "")
 
 
-def _halves(root: Path) -> tuple[Path, Path | None]:
-    """(folder of the training images, folder of the validation images if there is one)."""
+def _halves(root: Path) -> tuple[str | None, str | None]:
+    """Names of the folders of training and validation images; (None, None) where the root has the classes itself.
+
+    Raises:
+        UserError: a name is nearly one of those: taken for a class, it would be learnt.
+    """
     if not root.is_dir():
         raise UserError(f"{root} is {'not a folder' if root.exists() else 'missing'}; {_LAYOUT}")
-    inside = [n for n in _folders(root) if _folders(root / n)]  # a class may be called "train": it has no folders in it
+    inside = _folders(root)
     train = next((n for n in inside if n.lower() in TRAIN_NAMES), None)
     val = next((n for n in inside if n.lower() in VALIDATION_NAMES), None)
-    if train is not None and val is not None:
-        return root / train, root / val
-    others = [n for n in inside if n not in (train, val)]
+    if train and val:
+        return train, val
+    filled = [n for n in inside if _folders(root / n)]  # a class may be called "train": it has no folders in it
+    train, val = (n if n in filled else None for n in (train, val))
+    others = [n for n in filled if n not in (train, val)]
     like_train, like_val = (_nearest(names, others) for names in (TRAIN_NAMES, VALIDATION_NAMES))
-    if train is None and (val is not None or (like_train and like_val)):
-        hint = f"rename {like_train!r} to 'train'?" if like_train else _LAYOUT
-        raise UserError(f"{root} has a folder {val or like_val!r} and no 'train'; {hint}")
-    if train is not None and like_val:
-        raise UserError(f"{root} has a folder {train!r} and no 'val'; rename {like_val!r} to 'val'?")
-    return (root / train if train is not None else root), None
+    if like_val and (train or like_train):
+        raise UserError(f"{root} has a folder {train or like_train!r} and no 'val'; rename {like_val!r} to 'val'?")
+    return train, val
 
 
 def _nearest(names: Sequence[str], among: Sequence[str]) -> str | None:

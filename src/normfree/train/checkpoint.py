@@ -50,16 +50,27 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
         shutil.rmtree(beside, ignore_errors=True)
         raise
     write_atomic(folder / "latest", final.name.encode())
-    others = [p for p in _steps(folder) if p != final]
-    # those of this step or later are an earlier try at it, or were passed over as broken when this run was resumed
-    older = [p for p in others if p.name < f"step-{step:08d}"]
-    for old in {*others} - {*older[: keep - 1]}:
-        shutil.rmtree(old, ignore_errors=True)
+    _prune(folder, final, keep)
     plain = folder / f"step-{step:08d}"
     if final != plain:
         final.rename(plain)
         write_atomic(folder / "latest", plain.name.encode())
     return plain
+
+
+def _prune(folder: Path, newest: Path, keep: int) -> None:
+    """Remove all but the newest and the `keep` - 1 whole ones before it.
+
+    Those of its step or later are an earlier try at it, or were passed over as broken when the run was resumed.
+    """
+    kept = 1
+    for old in _steps(folder):
+        if old == newest:
+            continue
+        if kept < keep and old.name < newest.name[:13] and _problem(old) is None:
+            kept += 1
+        else:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _free_name(folder: Path, step: int) -> Path:
