@@ -26,6 +26,6 @@ def digits(given: Given) -> Run:
         mean=(0.1307, 0.1307, 0.1307),
         std=(0.3081, 0.3081, 0.3081),
     )
-    optim = OptimConfig(lr=lr, clipping=0.04, warmup=2.0, weight_decay=1e-3)
-    train = TrainConfig(epochs=20.0, batch_size=batch, device=device)
+    optim = OptimConfig(lr=lr, clipping=0.04, warmup=2.0, weight_decay=3e-3)
+    train = TrainConfig(epochs=24.0, batch_size=batch, device=device)
     return given.apply(Run("digits", ModelConfig("nfnet_tiny", drop_rate=0.3, skip_init=1.0), data, optim, train))

@@ -135,7 +135,8 @@ def _affordable(config: NFNetConfig, facts: Facts, size: int, device: str) -> fl
 
 
 def _batch(facts: Facts, config: NFNetConfig, size: int, device: str) -> tuple[int, str]:
-    wanted = 2 ** int(math.log2(max(16, min(facts.images / 40, 1024 if device.startswith("cuda") else 64))))
+    most = 1024 if device.startswith("cuda") else 64
+    wanted = 2 ** int(math.log2(min(max(16, min(facts.images / 40, most)), facts.images)))
     why = f"of {facts.images} images" if wanted > 16 else "few images"
     memory = choose.free_memory(device)
     while wanted > 8 and choose.step_memory(config, size, wanted) > memory // 2:

@@ -70,6 +70,8 @@ class Job:
 
 def prepare(run: Run, folder: RunFolder, train: Source, val: Source, screen: Screen) -> Job:
     """Build the learner and lay out the steps: epoch e ends at the first step by which e passes are done."""
+    if run.train.batch_size > len(train):
+        raise UserError(f"train.batch_size {run.train.batch_size} is more than the {len(train)} training images")
     per_epoch = len(train) / run.train.batch_size
     total = max(1, math.floor(run.train.epochs * per_epoch))
     ends = {min(total, math.ceil(e * per_epoch)) for e in range(1, math.ceil(run.train.epochs) + 1)}
