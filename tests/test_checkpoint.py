@@ -511,7 +511,7 @@ def test_a_run_folder_keeps_its_settings(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "deep" / "run", RUN)
     opened, run = RunFolder.open(folder.path)
     assert (opened.path, run) == (folder.path, RUN)
-    assert [p.name for p in folder.path.iterdir()] == ["config.json"]
+    assert sorted(p.name for p in folder.path.iterdir()) == ["config.json", "reasons.json"]
 
 
 def test_a_folder_that_has_a_run_is_refused(tmp_path: Path) -> None:
@@ -525,11 +525,11 @@ def test_a_folder_that_has_a_run_is_refused(tmp_path: Path) -> None:
         assert {p: p.stat().st_mtime_ns for p in (tmp_path / name).rglob("*")} == before
 
 
-def test_a_folder_with_other_files_will_do(tmp_path: Path) -> None:
-    """Only a run is in the way of a run."""
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
+    """A run would write over files of the same names."""
     (tmp_path / "notes.txt").write_text("mine")
-    RunFolder.create(tmp_path, RUN)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert refusal(lambda: RunFolder.create(tmp_path, RUN)).endswith("is not empty; choose another --run-dir")
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -650,6 +650,7 @@ def test_the_newest_run_is_the_one_written_to_last(tmp_path: Path) -> None:
     for name, when in (("a", 1000), ("b", 2000), ("c", 3000)):
         folder = RunFolder.create(tmp_path / name, RUN)
         os.utime(folder.config, (when, when))
+        os.utime(folder.reasons, (when, when))
     deep = tmp_path / "a" / "checkpoints"
     deep.mkdir()
     (deep / "latest").write_text("")

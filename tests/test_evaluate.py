@@ -14,7 +14,7 @@ from normfree.data.crop import Preprocessing
 from normfree.data.sources import open_folder
 from normfree.evaluate import Interrupted, Outputs, infer, score
 from normfree.models import create_model
-from normfree.report import confusion, curves, mistakes
+from normfree.report import confusion, curves, mistakes, most_confused
 
 PLAIN = Preprocessing(32, "pad", 0, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -84,8 +84,9 @@ def test_pictures_show_what_they_should(tmp_path: Path) -> None:
     assert texts == ["10", "10"]
     titles = [a.get_title() for a in mistakes(found, source, PLAIN).axes if a.get_title()]
     assert len(titles) == 10
-    assert titles[0] == "light → dark 88 %"
+    assert titles[0] == "light\n→ dark 88 %"
     assert titles == sorted(titles, reverse=True)
+    assert most_confused(found, source.classes) == [("light", "dark", "10 of 10")]
     right = Outputs(logits[:10], torch.zeros(10, dtype=torch.int64), torch.arange(10), [])
     assert "no mistakes" in mistakes(right, source, PLAIN).axes[0].texts[0].get_text()
     assert len(curves([]).axes) == 4

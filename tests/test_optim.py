@@ -226,7 +226,7 @@ def test_the_optimizer_is_a_torch_optimizer() -> None:
         optimizer.zero_grad()
         loss = model(torch.ones(1, 3)).square().sum()
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     first = optimizer.step(closure)
     scheduler.step()

@@ -13,6 +13,7 @@ from torch import nn
 
 from conftest import make_folder
 from normfree.config import Given, check_ranges, flat
+from normfree.data.sources import open_data
 from normfree.models.nfnet import VARIANTS, NFNet
 from normfree.optim import AGCSGD, WarmupCosine
 from normfree.recipes import RECIPES, choose
@@ -77,8 +78,7 @@ def test_the_memory_estimate_covers_what_backward_keeps() -> None:
 
 
 def run_of(given: dict[str, Any]) -> dict[str, Any]:
-    found = Given(given)
-    return flat(RECIPES["folder"](found))
+    return flat(RECIPES["folder"](Given(given), open_data(given["data.root"], 0.2)[0]))
 
 
 def test_small_images_are_moved_and_digits_are_not_mirrored(tmp_path: Path) -> None:
@@ -119,6 +119,6 @@ def test_given_values_are_kept_and_others_follow_from_them(tmp_path: Path) -> No
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_every_recipe_is_in_range(name: str, tmp_path: Path) -> None:
     """And its docstring says where it comes from."""
-    given = Given({"data.root": str(make_folder(tmp_path / "x", side=50))} if name == "folder" else {})
-    check_ranges(flat(RECIPES[name](given)))
+    root = str(make_folder(tmp_path / "x", side=50)) if name == "folder" else "digits"
+    check_ranges(flat(RECIPES[name](Given({"data.root": root}), open_data(root, 0.2)[0])))
     assert "Ours" in (RECIPES[name].__doc__ or "")

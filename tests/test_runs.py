@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -211,7 +212,7 @@ def test_bad_images_are_skipped_counted_and_named(tmp_path: Path) -> None:
         assert reason in line
         assert name in (run / "report.html").read_text()
     assert "light/notes.txt" in named
-    assert summary["bad_images"] == 4
+    assert (summary["bad_images"], summary["ignored_files"]) == (3, 1)
     held_out = set(read_json(run / "validation.json"))
     bad_held_out = held_out & {"dark/truncated.jpg", "light/empty.png", "light/text.jpg"}
     assert summary["images"] == len(held_out) - len(bad_held_out)
@@ -251,6 +252,12 @@ def test_divergence_is_diagnosed(tmp_path: Path, command: Command, image_folder:
         (["train", "--train.precision", "fp8"], 1, ["fp32 or bf16"]),
         (["train", "--train.device", "tpu"], 1, ["unknown device 'tpu'"]),
         (["train", "--train.device", "cuda:99"], 1, ["cuda:99"]),
+        (["train", "--train.device", "cpu:"], 1, ["unknown device 'cpu:'"]),
+        (["train", "--data.mean", "nan", "0", "0"], 1, ["data.mean must be finite"]),
+        (["train", "--model.skip-init", "inf"], 1, ["model.skip_init must be finite"]),
+        (["train", "--train.epochs", "1e300"], 1, ["train.epochs must be in"]),
+        (["train", "--data.eval-crop", "middle"], 1, ["center or squash or pad"]),
+        (["train", "digits", "--data.root", "photos"], 1, ["'digits' has its own images"]),
         (["train", "--data.root", "nowhere"], 1, ["nowhere is missing", "ROOT/CLASS/IMAGES"]),
         (["train", "--run-dir", "nothing", "--resume"], 1, ["nothing is not a run folder"]),
         (["train", "--resume"], 1, ["no run"]),
@@ -283,6 +290,80 @@ def test_folders_that_cannot_be_trained_on(tmp_path: Path, command: Command) -> 
         assert done.returncode == 1
         assert word in done.stderr
         assert not (tmp_path / "runs").exists()
+
+
+def test_the_images_are_found_from_anywhere(tmp_path: Path) -> None:
+    """The root is stored whole: evaluate and resume work from another folder, and however the root was typed."""
+    make_folder(tmp_path / "images")
+    run = train_tiny(tmp_path, Path("images"), "run")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    scores = json.loads(run_command("evaluate", run, "--json", cwd=elsewhere).stdout)
+    assert scores["images"] == 4
+    for root in ("images/", "./images", str(tmp_path / "images")):
+        done = run_command("train", "--data.root", root, "--run-dir", "run", "--resume", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert "A.1 of the paper" in (run / "report.html").read_text()  # the reasons outlive a resume
+
+
+def test_a_run_folder_is_not_made_among_the_images(image_folder: Path) -> None:
+    """It would be taken for a class; the message names the way out, and nothing is left behind."""
+    done = run_command("train", "--data.root", ".", cwd=image_folder)
+    assert done.returncode == 1
+    assert "--run-dir" in done.stderr
+    assert sorted(p.name for p in image_folder.iterdir()) == ["dark", "light"]
+
+
+def test_a_failed_start_leaves_nothing(command: Command, image_folder: Path, tmp_path: Path) -> None:
+    """So the same command, corrected, is not refused; and a folder with other files is."""
+    arguments = ["train", "--data.root", image_folder, "--run-dir", "run", "--train.epochs", "1", "--train.batch-size"]
+    done = command(*arguments, "64")
+    assert (done.returncode, "more than the 16 training images" in done.stderr) == (1, True)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "keep.txt").write_text("mine")
+    done = command(*arguments, "4")
+    assert (done.returncode, "not empty" in done.stderr) == (1, True)
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["keep.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "word"),
+    [
+        ("batch_size", 8, "is not what its checkpoints were made with"),
+        ("batch_size", 0, "train.batch_size must be positive"),
+        ("device", "gpu", "unknown device 'gpu'"),
+        ("precision", "fp64", "fp32 or bf16"),
+        ("seed", "one", "config.json.train.seed must be int"),
+    ],
+)
+def test_a_config_edited_by_hand_is_refused(
+    finished: Path, tmp_path: Path, name: str, value: object, word: str
+) -> None:
+    """Another value, out of range or not, gets one line that names it."""
+    shutil.copytree(finished, tmp_path / "run")
+    config = read_json(tmp_path / "run" / "config.json")
+    config["train"][name] = value
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    done = run_command("train", "--run-dir", "run", "--resume", cwd=tmp_path)
+    assert done.returncode == 1
+    assert word in done.stderr
+
+
+def test_damaged_side_files_do_no_harm(finished: Path, tmp_path: Path) -> None:
+    """Garbage in metrics.jsonl is left out; a lost one, or lost reasons, cost a picture and a column only."""
+    shutil.copytree(finished, tmp_path / "run")
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as f:
+        f.write('garbage\n{"kind": "x", "step": 1}\n')
+    for lost in (None, "metrics.jsonl", "reasons.json"):
+        if lost:
+            (tmp_path / "run" / lost).unlink()
+        done = run_command("train", "--run-dir", "run", "--resume", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    (tmp_path / "run" / "validation.json").write_text("[]")
+    assert "no images" in run_command("evaluate", "run", cwd=tmp_path).stderr
+    (tmp_path / "run" / "validation.json").write_text('["bird/1.jpg"]')
+    assert "validation.json is broken" in run_command("evaluate", "run", cwd=tmp_path).stderr
 
 
 def test_an_existing_run_is_refused_and_untouched(finished: Path, command: Command) -> None:

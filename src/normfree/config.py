@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import math
 import types
 import typing
@@ -85,7 +86,7 @@ class TrainConfig:
     epochs: float  # passes over the training images
     batch_size: int  # images of one optimizer step
     seed: int = 0
-    device: str = "cpu"  # "cpu", "cuda", "cuda:1", "mps"
+    device: str = "cpu"  # "cpu", "cuda", "cuda:1"
     precision: str = "fp32"  # of the maps in training: "fp32" or "bf16"; weights and evaluation are fp32
     eval_batch_size: int = 250
     log_every: int = 10  # steps between lines of metrics.jsonl
@@ -122,7 +123,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("data.validation", "in (0, 1)", lambda v: 0 < v < 1),
     ("data.workers", "not negative", lambda v: v >= 0),
     ("data.bad_images", "in [0, 1]", lambda v: 0 <= v <= 1),
-    ("optim.lr", "positive and finite", lambda v: 0 < v < math.inf),
+    ("optim.lr", "positive", lambda v: v > 0),
     ("optim.clipping", "positive", lambda v: v > 0),
     ("optim.warmup", "not negative", lambda v: v >= 0),
     ("optim.momentum", "in [0, 1)", lambda v: 0 <= v < 1),
@@ -130,7 +131,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("optim.eps", "positive", lambda v: v > 0),
     ("optim.label_smoothing", "in [0, 1)", lambda v: 0 <= v < 1),
     ("optim.ema_decay", "in [0, 1]", lambda v: 0 <= v <= 1),
-    ("train.epochs", "positive and finite", lambda v: 0 < v < math.inf),
+    ("train.epochs", "in (0, 1000000]", lambda v: 0 < v <= 1e6),
     ("train.batch_size", "positive", lambda v: v > 0),
     ("train.seed", "in [0, 2^32)", lambda v: 0 <= v < 2**32),
     ("train.precision", "fp32 or bf16", lambda v: v in ("fp32", "bf16")),
@@ -145,6 +146,10 @@ def check_ranges(values: dict[str, Any]) -> None:
     Raises:
         UserError: names the first that is not, and its range.
     """
+    for name, value in values.items():
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if not all(math.isfinite(v) for v in numbers if isinstance(v, float)):
+            raise UserError(f"{name} must be finite, not {value}")
     for name, words, fits in _RANGES:
         if name in values and not fits(values[name]):
             raise UserError(f"{name} must be {words}, not {values[name]}")
@@ -185,6 +190,16 @@ def flat(run: Run) -> dict[str, Any]:
         for f in dataclasses.fields(getattr(run, section)):
             found[f"{section}.{f.name}"] = getattr(getattr(run, section), f.name)
     return found
+
+
+# settings that a resumed run may change: what is computed is the same
+MOVABLE = ("train.device", "train.log_every", "data.workers")
+
+
+def settings_hash(run: Run) -> str:
+    """Of every setting that may not change during a run."""
+    fixed = {name: value for name, value in flat(run).items() if name not in MOVABLE}
+    return hashlib.blake2b(repr(sorted(fixed.items())).encode(), digest_size=16).hexdigest()
 
 
 def to_dict(run: Run) -> dict[str, Any]:

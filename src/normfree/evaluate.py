@@ -74,6 +74,8 @@ def infer(
         indices.append(b * batch_size + torch.nonzero(batch.valid).flatten())
         bad += batch.bad
     model.train(was_training)
+    if not logits:
+        raise UserError("there are no images to evaluate")
     return Outputs(torch.cat(logits), torch.cat(labels), torch.cat(indices), bad)
 
 

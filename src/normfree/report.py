@@ -75,7 +75,9 @@ def curves(metrics: Sequence[dict[str, Any]]) -> Figure:
     for axis, key, title in ((axes[0], "loss", "loss (cross-entropy, nats)"), (axes[1], "top1", "top-1 accuracy, %")):
         factor = 100 if key == "top1" else 1
         epochs, values = _smooth([m["epoch"] for m in train], [factor * m[key] for m in train])
-        axis.plot(epochs, values, color=THIRD, lw=1, alpha=0.7, label="training (augmented, smoothed labels)")
+        axis.plot(
+            epochs, values, _mark(epochs), color=THIRD, lw=1, alpha=0.7, label="training (augmented, smoothed labels)"
+        )
         for kind, colour, label in (("raw", RAW, "validation, raw weights"), ("ema", AVERAGED, "validation, averaged")):
             axis.plot(
                 [m["epoch"] for m in evals], [factor * m[kind][key] for m in evals], ".-", color=colour, label=label
@@ -85,9 +87,10 @@ def curves(metrics: Sequence[dict[str, Any]]) -> Figure:
         low = min(m[k]["top1"] for m in evals[len(evals) // 4 :] for k in ("raw", "ema"))
         axes[1].set_ylim(max(0.0, 100 * low - 5), 100.5)
     axes[0].legend(frameon=False)
-    axes[2].plot([m["epoch"] for m in train], [m["lr"] for m in train], color=AVERAGED, lw=1.2)
+    epochs = [m["epoch"] for m in train]
+    axes[2].plot(epochs, [m["lr"] for m in train], _mark(epochs), color=AVERAGED, lw=1.2)
     axes[2].set_title("learning rate")
-    axes[3].plot([m["epoch"] for m in train], [100 * m["clip_share"] for m in train], color=AVERAGED, lw=1)
+    axes[3].plot(epochs, [100 * m["clip_share"] for m in train], _mark(epochs), color=AVERAGED, lw=1)
     axes[3].set_title("units clipped by AGC, %")
     axes[3].set_ylim(bottom=0)
     for axis in axes:
@@ -98,16 +101,16 @@ def curves(metrics: Sequence[dict[str, Any]]) -> Figure:
 
 def confusion(outputs: Outputs, classes: Sequence[str]) -> Figure:
     """Counts, true class down and predicted class across; shares of the true class as colour."""
-    k = len(classes)
-    counts = np.zeros((k, k), np.int64)
-    np.add.at(counts, (outputs.labels.numpy(), outputs.logits.argmax(1).numpy()), 1)
-    side = min(12.0, 3.5 + 0.35 * k)
-    figure, (axis,) = _figure(side + 0.8, side, 1, 1)
+    counts, k = _counts(outputs, len(classes)), len(classes)
+    names = [_short(name, 18) for name in classes]
+    side, room = min(12.0, 3.0 + 0.35 * k), 0.07 * max(map(len, names))  # inches, of the matrix and of its labels
+    figure, (axis,) = _figure(side + room + 0.5, side + room, 1, 1)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    if k <= 40:
-        axis.set_xticks(range(k), classes, rotation=60 if max(map(len, classes)) > 3 else 0, ha="center")
-        axis.set_yticks(range(k), classes)
+    if k <= 100:
+        points = 9 if k <= 40 else 5
+        axis.set_xticks(range(k), names, rotation=90 if max(map(len, names)) > 3 else 0, fontsize=points)
+        axis.set_yticks(range(k), names, fontsize=points)
     if k <= 25:
         for i, j in zip(*np.nonzero(counts), strict=True):
             colour = "white" if shares[i, j] > 0.5 else "#333333"
@@ -117,10 +120,30 @@ def confusion(outputs: Outputs, classes: Sequence[str]) -> Figure:
     return figure
 
 
+def most_confused(outputs: Outputs, classes: Sequence[str], most: int = 10) -> list[tuple[str, str, str]]:
+    """(true class, predicted class, "n of m") of the pairs that were mistaken most often."""
+    counts = _counts(outputs, len(classes))
+    totals = counts.sum(1)
+    np.fill_diagonal(counts, 0)
+    order = np.argsort(-counts, axis=None, kind="stable")[:most]
+    pairs = [divmod(int(o), len(classes)) for o in order if counts.flat[o] > 0]
+    return [(classes[i], classes[j], f"{counts[i, j]} of {totals[i]}") for i, j in pairs]
+
+
+def _counts(outputs: Outputs, classes: int) -> NDArray[np.int64]:
+    counts = np.zeros((classes, classes), np.int64)
+    np.add.at(counts, (outputs.labels.numpy(), outputs.logits.argmax(1).numpy()), 1)
+    return counts
+
+
+def _short(name: str, most: int) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
 def batch_grid(batch: Batch, classes: Sequence[str]) -> Figure:
     """Up to 32 training images after augmentation."""
     images = batch.images[:32].permute(0, 2, 3, 1).numpy()
-    return _grid(images, [classes[i] for i in batch.labels[:32].tolist()], columns=8)
+    return _grid(images, [_short(classes[i], 16) for i in batch.labels[:32].tolist()], columns=8)
 
 
 def mistakes(outputs: Outputs, val: Source, preprocessing: Preprocessing) -> Figure:
@@ -134,15 +157,14 @@ def mistakes(outputs: Outputs, val: Source, preprocessing: Preprocessing) -> Fig
         axis.axis("off")
         return figure
     images = [preprocessing(val.read(i)) for i in outputs.indices[worst].tolist()]
-    titles = [
-        f"{val.classes[outputs.labels[i]]} → {val.classes[predicted[i]]} {100 * probability[i]:.0f} %" for i in worst
-    ]
+    names = [_short(name, 14) for name in val.classes]
+    titles = [f"{names[outputs.labels[i]]}\n→ {names[predicted[i]]} {100 * probability[i]:.0f} %" for i in worst]
     return _grid(np.stack(images), titles, columns=6)
 
 
 def _grid(images: NDArray[np.uint8], titles: Sequence[str], columns: int) -> Figure:
     rows = -(-len(images) // columns)
-    figure, axes = _figure(1.5 * columns, 1.75 * rows, rows, columns)
+    figure, axes = _figure(1.5 * columns, 1.9 * rows, rows, columns)
     for axis in axes:
         axis.axis("off")
     for axis, image, title in zip(axes, images, titles, strict=False):
@@ -164,6 +186,10 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def _mark(points: Sequence[float]) -> str:
+    return ".-" if len(points) < 5 else "-"  # a line of one point is invisible
+
+
 def _smooth(x: Sequence[float], y: Sequence[float], points: int = 150) -> tuple[list[float], list[float]]:
     """Means of neighbours, so that a long curve has about as many points as pixels."""
     width = max(1, len(x) // points)
@@ -176,7 +202,6 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1000px; mar
 h1 { font-size: 1.5em } h2 { font-size: 1.1em; margin-top: 2em } img { max-width: 100%; height: auto }
 table { border-collapse: collapse } td { padding: .15em 1.2em .15em 0; vertical-align: top }
 td:first-child, figcaption, .why { color: #666 } figure { margin: 2em 0 } code { font-size: 13px }
-@media (prefers-color-scheme: dark) { body { background: #fff } }
 """
 
 
@@ -192,10 +217,15 @@ def _page(findings: Findings, pictures: list[tuple[str, str, bytes]]) -> str:
         f"<figcaption>{e(caption)}</figcaption></figure>"
         for name, caption, png in pictures
     )
+    pairs = "".join(
+        f"<tr><td>{e(a)}</td><td>{e(b)}</td><td>{e(n)}</td></tr>"
+        for a, b, n in most_confused(findings.outputs, findings.val.classes)
+    )
+    confused = f"<h2>Most often mistaken</h2><table>{pairs}</table>" if pairs else ""
     bad = "".join(f"<tr><td>{e(name)}</td><td>{e(reason)}</td></tr>" for name, reason in findings.bad.items())
-    skipped = f"<h2>{len(findings.bad)} files that could not be read</h2><table>{bad}</table>" if findings.bad else ""
+    skipped = f"<h2>{len(findings.bad)} files that were skipped</h2><table>{bad}</table>" if findings.bad else ""
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{e(findings.title)}</title><style>{_STYLE}</style>"
-        f"<h1>{e(findings.title)}</h1><table>{facts}</table>{figures}{skipped}"
+        f"<h1>{e(findings.title)}</h1><table>{facts}</table>{figures}{confused}{skipped}"
         f"<h2>Settings</h2><table>{settings}</table></html>\n"
     )

@@ -9,6 +9,7 @@ from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 _PLAIN_SECONDS = 10.0  # between plain lines
 
@@ -36,12 +37,12 @@ class ProgressLine:
         self._began = self._printed = time.monotonic()
         self._bar: Progress | None = None
         if screen.console.is_terminal:
+            # 80 columns hold the count, the numbers and the time left; the bar gets what is over
             self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=None),
+                BarColumn(bar_width=max(4, screen.console.width - 78)),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[numbers]}"),
-                TimeRemainingColumn(),
+                TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True)),
+                TimeRemainingColumn(compact=True),
                 console=screen.console,
             )
             self._task = self._bar.add_task("step", total=total, completed=start, numbers="")
@@ -54,6 +55,11 @@ class ProgressLine:
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar:
             self._bar.stop()
+
+    def advance(self, step: int) -> None:
+        """`step` steps are done; the numbers stay."""
+        if self._bar:
+            self._bar.update(self._task, completed=step)
 
     def update(self, step: int, numbers: str) -> None:
         """`step` steps are done; `numbers` describe the last ones."""

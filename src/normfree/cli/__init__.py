@@ -19,6 +19,9 @@ COMMANDS = {
 }
 
 
+_OUT_OF_MEMORY = "normfree: out of memory; lower --train.batch-size, --train.eval-batch-size or --data.size ({})"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and leave with its exit code: 0 done, 1 failed, 2 misused, 130 interrupted."""
     sys.exit(_main(list(sys.argv[1:] if arguments is None else arguments)))
@@ -48,6 +51,14 @@ def _main(arguments: list[str]) -> int:
         return 0
     except UserError as e:
         print(f"normfree: {e}", file=sys.stderr)
+        return 1
+    except MemoryError as e:
+        print(_OUT_OF_MEMORY.format(e), file=sys.stderr)
+        return 1
+    except RuntimeError as e:
+        if "out of memory" not in str(e) and "can't allocate memory" not in str(e):
+            raise
+        print(_OUT_OF_MEMORY.format(str(e).splitlines()[0]), file=sys.stderr)
         return 1
     except OSError as e:
         where = f"{e.filename}: " if e.filename else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,10 +84,9 @@ def check_device(device: str | None) -> None:
     """Raises UserError if a device does not exist here."""
     if device is None:
         return
-    kind, _, index = device.partition(":")
-    if kind not in ("cpu", "cuda") or not (index == "" or index.isdigit()):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UserError(f"unknown device {device!r}; choose cpu, cuda or cuda:N")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise UserError(
             f"{device!r} is not here: torch finds {torch.cuda.device_count()} CUDA devices; see normfree doctor"
         )

@@ -18,7 +18,6 @@ from normfree.config import (
     Given,
     ModelConfig,
     OptimConfig,
-    Run,
     TrainConfig,
     UserError,
     check_ranges,
@@ -29,7 +28,7 @@ from normfree.models import model_config
 from normfree.recipes import RECIPES
 from normfree.runlog import Screen, duration, percent
 from normfree.train.finish import finish
-from normfree.train.loop import Stopped, begin, eval_preprocessing, fit, held_out, prepare, resume, train_crop
+from normfree.train.loop import Job, Stopped, begin, check_run, fit, held_out, prepare, resume
 from normfree.train.record import RunFolder, conflicts, free_folder, newest_run
 
 RUNS = Path("runs")
@@ -67,67 +66,75 @@ def run(arguments: Sequence[str]) -> int:
     check_ranges(given.values)
     check_device(given.values.get("train.device"))
     screen = Screen()
-    if args.resume:
-        folder, settings = _reopen(args, given)
-    else:
-        folder, settings = _begin(args, given, screen)
-    train, val = open_data(settings.data.root, settings.data.validation)
-    job = prepare(settings, folder, train, val, screen)
+    job = _reopen(args, given, screen) if args.resume else _begin(args, given, screen)
+    again = f"normfree train --run-dir {job.folder.path} --resume"
     try:
-        if args.resume:
-            state = resume(job)
-        else:
-            held_out(folder, train, val)
-            state = begin(job)
+        state = resume(job) if args.resume else begin(job)
         screen.say(
-            f"{len(train)} training and {len(val)} validation images of {len(train.classes)} classes; "
-            f"{job.total} steps; writing to {folder.path}"
+            f"{len(job.train)} training and {len(job.val)} validation images of {len(job.train.classes)} classes; "
+            f"{job.total} steps; writing to {job.folder.path}"
         )
         fit(job, state)
     except Stopped as e:
-        screen.say(f"stopped; a checkpoint is saved. Go on with: normfree train --run-dir {folder.path} --resume")
+        screen.say(f"stopped; a checkpoint is saved. Go on with: {again}")
         return e.exit_code
-    summary = finish(job, state, given.chosen)
-    _conclude(screen, folder, summary)
+    try:
+        _conclude(screen, job.folder, finish(job, state))
+    except KeyboardInterrupt:
+        screen.say(f"interrupted; the training is done and saved. Write the report with: {again}")
+        return 130
     return 0
 
 
 def _given(args: Any) -> dict[str, Any]:
     sections = {s: getattr(args, s) for s in _SECTIONS}
-    return {
+    values = {
         f"{s}.{f.name}": value
         for s, section in sections.items()
         for f in dataclasses.fields(section)
         if (value := getattr(section, f.name)) is not None
     }
+    if values.get("data.root", "digits") != "digits":  # so that other commands find the images from anywhere
+        values["data.root"] = str(Path(values["data.root"]).expanduser().resolve())
+    return values
 
 
-def _begin(args: Any, given: Given, screen: Screen) -> tuple[RunFolder, Run]:
+def _begin(args: Any, given: Given, screen: Screen) -> Job:
+    """A new run: everything that can be wrong is found before its folder is made."""
     name = args.recipe or ("folder" if "data.root" in given.values else "digits")
     if name not in RECIPES:
         if Path(name).is_dir():
             raise UserError(f"{name!r} is no recipe but a folder: normfree train --data.root {name}")
-        raise UserError(
-            f"unknown recipe {name!r}{suggestion(name, RECIPES) or f'; choose from {chr(44).join(RECIPES)}'}"
-        )
+        raise UserError(f"unknown recipe {name!r}{suggestion(name, RECIPES) or '; choose from ' + ', '.join(RECIPES)}")
+    root = given.values.setdefault("data.root", "digits" if name == "digits" else None)
+    if root is None or (name == "digits") != (root == "digits"):
+        raise UserError("the recipe 'digits' has its own images; a folder is trained on with --data.root DIR alone")
     if "model.name" in given.values:
         model_config(given.values["model.name"])  # raises with the nearest names
-    settings = RECIPES[name](given)
-    eval_preprocessing(settings)  # both raise on what cannot be, before anything is written
-    train_crop(settings)
+    train, val = open_data(root, given.values.get("data.validation", 0.2))
+    settings = RECIPES[name](given, train)
+    check_run(settings, len(train))
+    path = args.run_dir or free_folder(RUNS, name)
+    if root != "digits" and path.resolve().is_relative_to(root):
+        raise UserError(f"the run folder {path} would lie among the images in {root}; choose --run-dir elsewhere")
     for setting, value, why in given.chosen:
         screen.say(f"{setting:<18} {_short(value):<14} {why}")
-    folder = RunFolder.create(args.run_dir or free_folder(RUNS, name), settings)
-    return folder, settings
+    folder = RunFolder.create(path, settings, given.chosen)
+    held_out(folder, train, val)
+    return prepare(settings, folder, train, val, screen)
 
 
-def _reopen(args: Any, given: Given) -> tuple[RunFolder, Run]:
+def _reopen(args: Any, given: Given, screen: Screen) -> Job:
     if args.recipe is not None:
         warn("the recipe is ignored with --resume: the run folder has its own settings")
     folder, settings = RunFolder.open(args.run_dir or newest_run(RUNS))
     if problems := conflicts(settings, given.values):
         raise UserError(f"{folder.path} was started with other settings: {'; '.join(problems)}; use a new --run-dir")
-    return folder, settings
+    settings = given.apply(settings)
+    check_device(settings.train.device)
+    train, val = open_data(settings.data.root, settings.data.validation)
+    check_run(settings, len(train))
+    return prepare(settings, folder, train, val, screen)
 
 
 def _conclude(screen: Screen, folder: RunFolder, summary: dict[str, Any]) -> None:
@@ -135,8 +142,9 @@ def _conclude(screen: Screen, folder: RunFolder, summary: dict[str, Any]) -> Non
         f"\ntop-1 {percent(summary['top1'])} of {summary['images']} held-out images, "
         f"loss {summary['loss']:.4f}, in {duration(summary['wall_seconds'])} ({summary['best']})"
     )
-    if summary["bad_images"]:
-        screen.say(f"{summary['bad_images']} files could not be read: {folder.bad_images}")
+    if summary["bad_images"] or summary["ignored_files"]:
+        counts = f"{summary['bad_images']} images could not be read, {summary['ignored_files']} files are no images"
+        screen.say(f"{counts}: {folder.bad_images}")
     screen.say(f"report    {folder.report}\nweights   {folder.weights}\n\nnext:")
     screen.say(f"  normfree evaluate {folder.path}\n  normfree predict {folder.path} IMAGE_OR_FOLDER")
 

@@ -10,7 +10,6 @@ stochastic depth mask are factors of the squeeze-excite gate, which is (N, C): n
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,11 +49,6 @@ class NFNetConfig:
     activation: str = "gelu"
     num_classes: int = 1000
     in_chans: int = 3
-
-    @property
-    def min_size(self) -> int:
-        """Pixels that make one pixel of the last stage."""
-        return math.prod(self.stem_strides) << (len(self.widths) - 1)
 
 
 def _family() -> dict[str, NFNetConfig]:

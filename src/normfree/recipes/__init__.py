@@ -1,11 +1,15 @@
-"""Recipes: functions that return a whole run. An explicit table, no registration."""
+"""Recipes: functions of what the user gave and of the training images, which return a whole run.
+
+An explicit table, no registration.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from normfree.config import Given, Run
+from normfree.data.sources import Source
 from normfree.recipes.digits import digits
 from normfree.recipes.folder import folder
 
-RECIPES: dict[str, Callable[[Given], Run]] = {"digits": digits, "folder": folder}
+RECIPES: dict[str, Callable[[Given, Source], Run]] = {"digits": digits, "folder": folder}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -56,10 +57,20 @@ def free_memory(device: str) -> int:
     """Bytes that a run may use."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
+    limits = [_read_number("/proc/meminfo", r"MemAvailable:\s+(\d+) kB") * 1024]
+    most, used = (_read_number(f"/sys/fs/cgroup/memory.{name}", r"(\d+)") for name in ("max", "current"))
+    if most:  # a container's limit; without one the file says "max"
+        limits.append(max(most - used, 1 << 20))
+    return min((n for n in limits if n), default=4 << 30)  # where the system does not say: a small laptop
+
+
+def _read_number(path: str, pattern: str) -> int:
+    """The number that a pattern finds in a file of the system; 0 if there is none."""
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return 4 << 30  # the system does not say: a small laptop
+        found = re.search(pattern, Path(path).read_text())
+    except OSError:
+        return 0
+    return int(found.group(1)) if found else 0
 
 
 def multiply_adds(config: NFNetConfig, size: int) -> int:

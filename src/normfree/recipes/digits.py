@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from normfree.config import DataConfig, Given, ModelConfig, OptimConfig, Run, TrainConfig
+from normfree.data.sources import Source
 from normfree.recipes import choose
 
 
-def digits(given: Given) -> Run:
+def digits(given: Given, _images: Source) -> Run:
     """nfnet_tiny on 4,000 real handwritten digits, 1,000 held out, 32 px. Ours, not the paper's."""
     batch = given.choose("train.batch_size", 64)
     device = given.choose("train.device", *choose.device())

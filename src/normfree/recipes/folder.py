@@ -6,14 +6,13 @@ import math
 import os
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from normfree.config import DataConfig, Given, ModelConfig, OptimConfig, Run, TrainConfig, UserError
 from normfree.data.decode import BadImage, image_size
-from normfree.data.sources import FolderSource, Source, open_data
+from normfree.data.sources import FolderSource, Source
 from normfree.models import model_config
 from normfree.models.nfnet import NFNetConfig
 from normfree.optim import WarmupCosine
@@ -36,18 +35,13 @@ class Facts:
     same_shape: bool  # all that were looked at are squares of one size
 
 
-def folder(given: Given) -> Run:
+def folder(given: Given, images: Source) -> Run:
     """Any folder of images, ROOT/CLASS/IMAGES or with train/ and val/. Ours, not the paper's.
 
     Command: normfree train --data.root ROOT. On the 12 classes of `normfree data sample` (2,400 images for training,
     about 160 x 120): see docs/log.md for the accuracy and the time that were measured.
     """
-    root = given.values.get("data.root")
-    if root is None:
-        raise UserError("the recipe 'folder' needs --data.root DIR")
-    root = str(Path(root).expanduser().resolve())
-    validation = given.choose("data.validation", 0.2)
-    facts = look(open_data(root, validation)[0])
+    facts = look(images)
     device = given.choose("train.device", *choose.device())
     small = facts.side <= 40
     size = given.choose("data.size", *_size(facts, device))
@@ -63,7 +57,7 @@ def folder(given: Given) -> Run:
     )
     flip, why = _flip(facts.classes)
     data = DataConfig(
-        root=root,
+        root=given.values["data.root"],
         size=size,
         test_size=given.choose("data.test_size", size),
         train_crop=given.choose(
@@ -78,7 +72,6 @@ def folder(given: Given) -> Run:
         flip=given.choose("data.flip", flip, why),
         eval_crop="pad" if small else "center",
         margin=0 if small or facts.same_shape else round(size / 8),
-        validation=validation,
         workers=given.choose("data.workers", *_workers(device)),
     )
     precision = given.choose("train.precision", "bf16" if device.startswith("cuda") else "fp32")

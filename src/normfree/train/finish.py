@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,13 +19,13 @@ from normfree.runlog import duration, percent
 from normfree.train.loop import Job, State
 
 
-def finish(job: Job, state: State, reasons: Sequence[tuple[str, Any, str]] = ()) -> dict[str, Any]:
+def finish(job: Job, state: State) -> dict[str, Any]:
     """Write summary.json, bad_images.txt, the pictures and report.html; returns the summary."""
     model, about = load_model(job.folder.weights)
     preprocessing = from_dict(Preprocessing, about["preprocessing"])
     outputs = infer(model.to(job.run.train.device), job.val, preprocessing, about["eval_batch_size"])
-    bad = _ignored(job) | state.bad
-    last = [line for line in job.folder.read_metrics() if line["kind"] == "eval"][-1]
+    ignored = _ignored(job)
+    bad = ignored | state.bad
     summary: dict[str, Any] = {
         **score(outputs).as_dict(),
         "epochs": state.step * job.run.train.batch_size / len(job.train),
@@ -37,16 +36,17 @@ def finish(job: Job, state: State, reasons: Sequence[tuple[str, Any, str]] = ())
         "params": sum(p.numel() for p in model.parameters()),
         "train_images": len(job.train),
         "classes": len(job.train.classes),
-        "bad_images": len(bad),
+        "bad_images": len(state.bad),
+        "ignored_files": len(ignored),
         "best": state.best_is,
-        "last": {"raw": last["raw"], "ema": last["ema"]},
+        "last": state.last,
         "torch": torch.__version__,
     }
     write_json(job.folder.summary, summary)
     lines = "".join(f"{printable(name)}\t{reason}\n" for name, reason in bad.items())
     write_atomic(job.folder.bad_images, lines.encode())
     t = job.run.train
-    why = {name: reason for name, _, reason in reasons}
+    why = job.folder.read_reasons()
     findings = Findings(
         title=f"{job.run.model.name} on {job.run.data.root}: {percent(summary['top1'])}",
         facts=_facts(summary, t.device),

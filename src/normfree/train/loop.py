@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from normfree.config import Run, UserError
+from normfree.config import Run, UserError, check_ranges, flat, settings_hash
 from normfree.data.crop import Preprocessing, TrainCrop
 from normfree.data.loader import Batch, train_batches
 from normfree.data.sources import FolderSource, Source, fingerprint
 from normfree.evaluate import Interrupted, Scores, infer, score
 from normfree.files import write_json
+from normfree.models import model_config
 from normfree.models.weights import describe, save_weights
 from normfree.runlog import ProgressLine, Screen, duration, percent
 from normfree.train.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
@@ -50,7 +51,9 @@ class State:
     sums: list[float] = field(default_factory=lambda: [0.0] * 4)  # as Learner.step returns, since the last line
     images: int = 0  # behind the sums
     bad: dict[str, str] = field(default_factory=dict)  # reason by name of the images that could not be read
+    last: dict[str, dict[str, float]] = field(default_factory=dict)  # scores of the last evaluation, raw and ema
     data: str = ""  # fingerprints of the sources, so that a resumed run sees the same samples
+    settings: str = ""  # hash of the settings, so that a resumed run has the same
 
 
 @dataclass
@@ -68,10 +71,22 @@ class Job:
     screen: Screen
 
 
+def check_run(run: Run, images: int) -> None:
+    """Settings that are each in range can still not go together, or not with this number of training images.
+
+    Raises:
+        UserError: says which.
+    """
+    check_ranges(flat(run))
+    model_config(run.model.name)
+    eval_preprocessing(run)
+    train_crop(run)
+    if run.train.batch_size > images:
+        raise UserError(f"train.batch_size {run.train.batch_size} is more than the {images} training images")
+
+
 def prepare(run: Run, folder: RunFolder, train: Source, val: Source, screen: Screen) -> Job:
     """Build the learner and lay out the steps: epoch e ends at the first step by which e passes are done."""
-    if run.train.batch_size > len(train):
-        raise UserError(f"train.batch_size {run.train.batch_size} is more than the {len(train)} training images")
     per_epoch = len(train) / run.train.batch_size
     total = max(1, math.floor(run.train.epochs * per_epoch))
     ends = {min(total, math.ceil(e * per_epoch)) for e in range(1, math.ceil(run.train.epochs) + 1)}
@@ -121,6 +136,7 @@ def fit(job: Job, state: State) -> State:
             sums += job.learner.step(batch, state.step)
             state.step, state.images = state.step + 1, state.images + len(batch.labels)
             _note_bad(job, state, batch)
+            line.advance(state.step)
             if state.step % job.run.train.log_every == 0 or state.step in job.evaluate_at:
                 state.seconds = time.monotonic() - began
                 _log(job, state, sums.tolist(), line)
@@ -152,8 +168,8 @@ def _log(job: Job, state: State, sums: list[float], line: ProgressLine) -> None:
     job.folder.append_metrics(numbers)
     line.update(
         state.step,
-        f"loss {numbers['loss']:.3f}  top-1 {percent(hits / state.images)}  lr {numbers['lr']:.4f}  "
-        f"clipped {percent(numbers['clip_share'])}  {numbers['images_per_second']:.0f} images/s",
+        f"loss {numbers['loss']:.3f} top-1 {100 * numbers['top1']:.1f}% lr {numbers['lr']:.3g} "
+        f"clip {100 * numbers['clip_share']:.1f}% {numbers['images_per_second']:.0f} img/s",
     )
 
 
@@ -173,7 +189,12 @@ def _evaluate(job: Job, state: State, should_stop: Callable[[], bool]) -> None:
     for kind, model in (("raw", job.learner.model), ("ema", job.learner.ema.module)):
         try:
             outputs = infer(
-                model, job.val, job.learner.preprocessing, job.run.train.eval_batch_size, should_stop=should_stop
+                model,
+                job.val,
+                job.learner.preprocessing,
+                job.run.train.eval_batch_size,
+                job.run.data.workers,
+                should_stop,
             )
         except Interrupted:
             return  # still due: the loop saves, and the next process evaluates
@@ -185,10 +206,10 @@ def _evaluate(job: Job, state: State, should_stop: Callable[[], bool]) -> None:
         if (scores[kind].top1, -scores[kind].loss) > state.best:
             state.best, state.best_is = (scores[kind].top1, -scores[kind].loss), f"{kind} at step {state.step}"
             save_weights(model, job.folder.weights, _about(job, kind, state.step))
-    state.evaluated = state.step
+    state.evaluated, state.last = state.step, {kind: s.as_dict() for kind, s in scores.items()}
     epoch = state.step * job.run.train.batch_size / len(job.train)
     line = {"kind": "eval", "step": state.step, "epoch": epoch}
-    job.folder.append_metrics(line | {kind: s.as_dict() for kind, s in scores.items()})
+    job.folder.append_metrics(line | state.last)
     job.screen.say(
         f"epoch {epoch:5.1f}  top-1 {percent(scores['raw'].top1)}, averaged {percent(scores['ema'].top1)}  "
         f"loss {scores['raw'].loss:.3f}, {scores['ema'].loss:.3f}  {duration(state.seconds)}"
@@ -230,7 +251,7 @@ def _save(job: Job, state: State) -> None:
 
 def begin(job: Job) -> State:
     """The state before the first step."""
-    return State(data=_fingerprints(job))
+    return State(data=_fingerprints(job), settings=settings_hash(job.run))
 
 
 def _fingerprints(job: Job) -> str:
@@ -248,6 +269,8 @@ def resume(job: Job) -> State:
         job.screen.say(f"passed over a broken checkpoint: {problem}")
     values = dict(checkpoint.state)
     state = State(**{**values, "best": tuple(values["best"])})
+    if state.settings != settings_hash(job.run):
+        raise UserError(f"{job.folder.config} is not what its checkpoints were made with; put it back as it was")
     if state.data != _fingerprints(job):
         raise UserError(
             f"the images in {job.run.data.root} are not those that {job.folder.path} was started with, so it cannot go "

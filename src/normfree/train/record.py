@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from normfree.config import Run, UserError, flat, from_dict, to_dict
+from normfree.config import MOVABLE, Run, UserError, check_ranges, flat, from_dict, to_dict
 from normfree.data.sources import FolderSource, Names, Source, open_data, open_validation, training_folder
 from normfree.files import write_atomic, write_json
 from normfree.train.checkpoint import has_checkpoint
@@ -18,21 +19,22 @@ from normfree.train.checkpoint import has_checkpoint
 class RunFolder:
     """Paths of a run folder, and the files in it.
 
-    config.json (resolved settings), metrics.jsonl (a line per logged step and per evaluation), summary.json,
-    checkpoints/, best.safetensors (weights with classes and preprocessing), validation.json (the held-out files, if the
-    split was made here), bad_images.txt, plots as PNG, report.html.
+    config.json (resolved settings), reasons.json (why some were chosen), metrics.jsonl (a line per logged step and per
+    evaluation), summary.json, checkpoints/, best.safetensors (weights with classes and preprocessing), validation.json
+    (the held-out files, if the split was made here), bad_images.txt, plots as PNG, report.html.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config, self.summary = path / "config.json", path / "summary.json"
         self.metrics, self.checkpoints = path / "metrics.jsonl", path / "checkpoints"
+        self.reasons = path / "reasons.json"
         self.weights, self.report = path / "best.safetensors", path / "report.html"
         self.validation, self.bad_images = path / "validation.json", path / "bad_images.txt"
 
     @classmethod
-    def create(cls, path: Path, run: Run) -> RunFolder:
-        """A new run folder with its config.json.
+    def create(cls, path: Path, run: Run, chosen: Sequence[tuple[str, Any, str]] = ()) -> RunFolder:
+        """A new run folder with its config.json, and the reasons of what was chosen.
 
         Raises:
             UserError: the folder has a run already, or cannot be written.
@@ -42,6 +44,9 @@ class RunFolder:
             raise UserError(f"{path} has a run already; continue it with --resume, or choose another --run-dir")
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
+            if any(folder.path.iterdir()):
+                raise UserError(f"{path} is not empty; choose another --run-dir")
+            write_json(folder.reasons, {name: reason for name, _, reason in chosen})
             write_json(folder.config, to_dict(run))
         except OSError as e:
             raise UserError(f"{path} cannot be written: {e.strerror or e}") from e
@@ -61,7 +66,16 @@ class RunFolder:
             value = json.loads(folder.config.read_bytes())
         except ValueError as e:
             raise UserError(f"{folder.config} is not JSON: {e}") from e
-        return folder, from_dict(Run, value, str(folder.config))
+        run = from_dict(Run, value, str(folder.config))
+        check_ranges(flat(run))
+        return folder, run
+
+    def read_reasons(self) -> dict[str, str]:
+        """Reason by name of the settings that were chosen; nothing if the file is gone or broken."""
+        try:
+            return {str(name): str(reason) for name, reason in json.loads(self.reasons.read_bytes()).items()}
+        except (OSError, ValueError, AttributeError):
+            return {}
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl."""
@@ -69,11 +83,11 @@ class RunFolder:
             f.write(json.dumps(line, allow_nan=False) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; a half-written last line is left out."""
+        """The lines of metrics.jsonl; broken ones, such as a half-written last one, are left out."""
         if not self.metrics.exists():
             return []
-        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        return [value for line in lines if line.endswith("\n") and (value := _metrics_line(line)) is not None]
 
     def truncate_metrics(self, step: int, evaluated_step: int) -> None:
         """Forget what was logged behind a checkpoint, since it will be logged again."""
@@ -82,14 +96,26 @@ class RunFolder:
         write_atomic(self.metrics, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
+def _metrics_line(line: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    fine = isinstance(value, dict) and value.get("kind") in ("train", "eval") and isinstance(value.get("step"), int)
+    return value if fine else None
+
+
 def validation_source(folder: RunFolder, run: Run, classes: tuple[str, ...]) -> Source:
     """The images that a run was validated on: its val/, or those that it held out."""
     if run.data.root == "digits":
         return open_data("digits", run.data.validation)[1]
     if not folder.validation.exists():
         return open_validation(run.data.root, classes)
-    names: list[str] = json.loads(folder.validation.read_bytes())
-    labels = [classes.index(Path(name).parts[0]) for name in names]
+    try:
+        names = [str(name) for name in json.loads(folder.validation.read_bytes())]
+        labels = [classes.index(Path(name).parts[0]) for name in names]
+    except (ValueError, TypeError, IndexError) as e:
+        raise UserError(f"{folder.validation} is broken: {e}") from e
     root = training_folder(Path(run.data.root))
     return FolderSource(root, Names(names), np.array(labels, np.int64), classes)
 
@@ -117,4 +143,5 @@ def newest_run(parent: Path) -> Path:
 def conflicts(run: Run, given: dict[str, Any]) -> list[str]:
     """The given settings that differ from those of a run, each with both values."""
     current = flat(run)
-    return [f"{n} is {current[n]!r} there, not {v!r}" for n, v in given.items() if current[n] != v]
+    changed = {n: v for n, v in given.items() if current[n] != v and n not in MOVABLE}
+    return [f"{n} is {current[n]!r} there, not {v!r}" for n, v in changed.items()]
