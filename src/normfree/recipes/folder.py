@@ -39,7 +39,7 @@ def folder(given: Given, images: Source) -> Run:
     """Any folder of images, ROOT/CLASS/IMAGES or with train/ and val/. Ours, not the paper's.
 
     Command: normfree train --data.root ROOT. On the 12 classes of `normfree data sample` (2,400 images for training,
-    about 160 x 120): see docs/log.md for the accuracy and the time that were measured.
+    about 160 x 120): see docs/log.md for what was measured.
     """
     facts = look(images)
     device = given.choose("train.device", *choose.device())
