@@ -2,8 +2,8 @@
 
 The gradient of a unit is rescaled to norm lambda * max(|W_i|, eps) where it is longer. A unit is a row of dimension 0,
 the fan-in of one output, for weights; a tensor that is one-dimensional once its ones are squeezed out (bias, gain,
-SkipInit) is one unit as a whole, as in the authors' code. Transposed convolutions have their inputs on dimension 0, and so
-are clipped by input here.
+SkipInit) is one unit as a whole, as in the authors' code. Transposed convolutions have their inputs on dimension 0, and
+so are clipped by input here.
 """
 
 from __future__ import annotations

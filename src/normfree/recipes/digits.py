@@ -10,9 +10,9 @@ from normfree.recipes import choose
 def digits(given: Given, _images: Source) -> Run:
     """nfnet_tiny on 4,000 real handwritten digits, 1,000 held out, 32 px. Ours, not the paper's.
 
-    Command: normfree train. Measured over 5 seeds, on 2 idle cores of an AMD EPYC (benchmarks/results/digits.json): top-1
-    of the averaged weights after the last epoch 99.20 +- 0.20 % (99.0 to 99.5); of the best weights, which are selected on
-    the same images, 99.36 +- 0.17 %; 82 s for the whole process (78 to 86), report included.
+    Command: normfree train. Measured over 5 seeds, on 2 idle cores of an AMD EPYC (benchmarks/results/digits.json):
+    top-1 of the averaged weights after the last epoch 99.20 +- 0.20 % (99.0 to 99.5); of the best weights, which are
+    selected on the same images, 99.36 +- 0.17 %; 82 s for the whole process (78 to 86), report included.
     """
     batch = given.choose("train.batch_size", 64)
     device = given.choose("train.device", *choose.device())
