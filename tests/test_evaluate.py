@@ -14,7 +14,7 @@ from normfree.data.crop import Preprocessing
 from normfree.data.sources import open_folder
 from normfree.evaluate import Interrupted, Outputs, infer, score
 from normfree.models import create_model
-from normfree.report import confusion, curves, mistakes, most_confused
+from normfree.report import confusion, curves, mistakes, most_confused, short_name
 
 PLAIN = Preprocessing(32, "pad", 0, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -72,6 +72,12 @@ def test_an_evaluation_can_be_interrupted(tmp_path: Path) -> None:
     answers = iter([False, True])
     with pytest.raises(Interrupted):
         infer(create_model("nfnet_tiny", 2), source, PLAIN, 5, should_stop=lambda: next(answers))
+
+
+def test_long_names_lose_their_middle() -> None:
+    """And have the length that was asked for."""
+    assert short_name("a_rather_long_class_name_07", 14) == "a_rathe…ame_07"
+    assert short_name("short", 14) == "short"
 
 
 def test_pictures_show_what_they_should(tmp_path: Path) -> None:

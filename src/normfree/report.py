@@ -102,7 +102,7 @@ def curves(metrics: Sequence[dict[str, Any]]) -> Figure:
 def confusion(outputs: Outputs, classes: Sequence[str]) -> Figure:
     """Counts, true class down and predicted class across; shares of the true class as colour."""
     counts, k = _counts(outputs, len(classes)), len(classes)
-    names = [_short(name, 18) for name in classes]
+    names = [short_name(name, 18) for name in classes]
     side, room = min(12.0, 3.0 + 0.35 * k), 0.07 * max(map(len, names))  # inches, of the matrix and of its labels
     figure, (axis,) = _figure(side + room + 0.5, side + room, 1, 1)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -136,14 +136,15 @@ def _counts(outputs: Outputs, classes: int) -> NDArray[np.int64]:
     return counts
 
 
-def _short(name: str, most: int) -> str:
-    return name if len(name) <= most else name[: most - 1] + "…"
+def short_name(name: str, most: int) -> str:
+    """A long name without its middle, since names often differ at their ends."""
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[len(name) + 1 + most // 2 - most :]}"
 
 
 def batch_grid(batch: Batch, classes: Sequence[str]) -> Figure:
     """Up to 32 training images after augmentation."""
     images = batch.images[:32].permute(0, 2, 3, 1).numpy()
-    return _grid(images, [_short(classes[i], 16) for i in batch.labels[:32].tolist()], columns=8)
+    return _grid(images, [short_name(classes[i], 16) for i in batch.labels[:32].tolist()], columns=8)
 
 
 def mistakes(outputs: Outputs, val: Source, preprocessing: Preprocessing) -> Figure:
@@ -157,7 +158,7 @@ def mistakes(outputs: Outputs, val: Source, preprocessing: Preprocessing) -> Fig
         axis.axis("off")
         return figure
     images = [preprocessing(val.read(i)) for i in outputs.indices[worst].tolist()]
-    names = [_short(name, 14) for name in val.classes]
+    names = [short_name(name, 14) for name in val.classes]
     titles = [f"{names[outputs.labels[i]]}\n→ {names[predicted[i]]} {100 * probability[i]:.0f} %" for i in worst]
     return _grid(np.stack(images), titles, columns=6)
 
