@@ -38,8 +38,8 @@ class Facts:
 def folder(given: Given, images: Source) -> Run:
     """Any folder of images, ROOT/CLASS/IMAGES or with train/ and val/. Ours, not the paper's.
 
-    Command: normfree train --data.root ROOT. On the 12 classes of `normfree data sample` (2,400 images for training, 600
-    held out, about 160 x 120), one seed on 2 cores (benchmarks/results/sample.json): top-1 100 % in 3:40.
+    Command: normfree train --data.root ROOT. On the 12 classes of `normfree data sample` (2,400 images for training,
+    600 held out, about 160 x 120), one seed on 2 cores (benchmarks/results/sample.json): top-1 100 % in 3:40.
     """
     facts = look(images)
     device = given.choose("train.device", *choose.device())
