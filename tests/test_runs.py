@@ -452,6 +452,7 @@ def test_list_and_doctor_and_help(command: Command) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_first_command_of_the_readme(tmp_path: Path) -> None:
     """`normfree train` reaches 98 % on the held-out digits, every command agrees with it, and so does a resumed run."""
     whole = run_command("train", cwd=tmp_path, timeout=600)
