@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from normfree.config import UserError
 from normfree.data.crop import Preprocessing
 from normfree.data.decode import EXTENSIONS
-from normfree.data.sources import FolderSource, Names
+from normfree.data.sources import FolderSource, Names, files_below, is_image_name
 from normfree.evaluate import infer
 
 
@@ -28,25 +28,13 @@ def find_images(paths: Sequence[str]) -> list[str]:
         if os.path.isfile(path):
             found.append(path)
         elif os.path.isdir(path):
-            below = list(_walk(Path(path)))
+            below = [f for f in files_below(Path(path)) if is_image_name(f)]
             if not below:
                 raise UserError(f"{path} has no images ({', '.join(EXTENSIONS)})")
             found += below
         else:
             raise UserError(f"{path} is missing")
     return found
-
-
-def _walk(folder: Path) -> list[str]:
-    images = []
-    for where, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        images += [os.path.join(where, f) for f in sorted(files) if _is_image(f)]
-    return images
-
-
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith(EXTENSIONS)
 
 
 def predict(

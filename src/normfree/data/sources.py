@@ -218,10 +218,26 @@ def open_folder(root: Path, single_class: bool = False, prefix: str = "") -> Fol
 
 
 def _images_below(root: Path, folder: str, seen: set[tuple[int, int]]) -> tuple[list[str], list[str]]:
-    """(images, other files) of a class, relative to the root; no folder twice, where links lead in circles."""
-    images: list[str] = []
-    others: list[str] = []
-    for where, folders, files in os.walk(root / folder, followlinks=True, onerror=_raise):
+    """(images, other files) of a class, relative to the root."""
+    paths = [os.path.relpath(path, root) for path in files_below(root / folder, seen)]
+    return [p for p in paths if is_image_name(p)], [p for p in paths if not is_image_name(p)]
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file is an image by its name."""
+    return name.lower().endswith(EXTENSIONS)
+
+
+def files_below(top: Path, seen: set[tuple[int, int]] | None = None) -> Iterator[str]:
+    """Paths of the files below a folder, sorted in each; hidden files and folders are left out.
+
+    No folder comes twice, where links lead in circles, and none that is in `seen`, which grows by what is met.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    seen = {_identity(top)} if seen is None else seen
+    for where, folders, files in os.walk(top, followlinks=True, onerror=_raise):
         fresh = []
         for f in sorted(f for f in folders if not f.startswith(".")):
             identity = _identity(Path(where, f))
@@ -229,10 +245,7 @@ def _images_below(root: Path, folder: str, seen: set[tuple[int, int]]) -> tuple[
                 seen.add(identity)
                 fresh.append(f)
         folders[:] = fresh
-        for f in sorted(f for f in files if not f.startswith(".")):
-            path = os.path.relpath(os.path.join(where, f), root)
-            (images if f.lower().endswith(EXTENSIONS) else others).append(path)
-    return images, others
+        yield from (os.path.join(where, f) for f in sorted(files) if not f.startswith("."))
 
 
 def _identity(path: Path) -> tuple[int, int]:

@@ -267,8 +267,7 @@ def resume(job: Job) -> State:
     checkpoint = load_checkpoint(job.folder.checkpoints)
     for problem in checkpoint.rejected:
         job.screen.say(f"passed over a broken checkpoint: {problem}")
-    values = dict(checkpoint.state)
-    state = State(**{**values, "best": tuple(values["best"])})
+    state = State(**checkpoint.state | {"best": tuple(checkpoint.state["best"])})
     if state.settings != settings_hash(job.run):
         raise UserError(f"{job.folder.config} is not what its checkpoints were made with; put it back as it was")
     if state.data != _fingerprints(job):
