@@ -91,13 +91,13 @@ def test_standardisation_is_from_float32_weights_whatever_the_type_of_the_maps()
     """A bfloat16 input meets the float32 result, rounded once; rounding the weight first would differ."""
     torch.manual_seed(0)
     conv = WSConv2d(64, 32, 3)
-    exact = conv.standardized_weight()
+    exact = conv.filters()
     assert exact.dtype == torch.float32
     early = standardize(conv.weight.bfloat16(), conv.gain)
     assert (early.bfloat16() != exact.bfloat16()).float().mean() > 0.1
     assert conv(torch.randn(1, 64, 4, 4).bfloat16()).dtype == torch.bfloat16
     half = WSConv2d(64, 32, 3).half()
-    assert half.standardized_weight().dtype == torch.float32
+    assert half.filters().dtype == torch.float32
 
 
 def test_units_have_mean_zero_and_fan_in_variance() -> None:

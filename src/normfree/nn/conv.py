@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Padding = Literal["same"] | int | tuple[int, int]
 
 
 def standardize(weight: Tensor, gain: Tensor, eps: float = 1e-4) -> Tensor:
@@ -36,15 +39,17 @@ def same_padding(size: int, kernel: int, stride: int, dilation: int = 1) -> tupl
     return total // 2, total - total // 2
 
 
-class WSConv2d(nn.Conv2d):
-    """A 2-d convolution of the standardised weight, SAME padding, always with a bias.
+class SameConv2d(nn.Conv2d):
+    """A 2-d convolution with TensorFlow's SAME padding, whose output has ceil(size / stride) pixels a side.
 
-    `scale` is a constant that multiplies the standardised weight and not the bias. It is how the gain gamma of the
-    activation before this layer, and the 1/beta of its block, are applied: conv(c x, W) = conv(x, c W), and the weight
-    is far smaller than the image.
+    Args:
+        kernel_size, stride, dilation: one number, or (height, width).
+        padding: "same", or zeros on both sides as in `nn.Conv2d`.
+        in_place_of: a stride that was replaced by dilation in the layers behind: the pixels that a convolution with
+            this stride would have given are found, unmoved, among those of the dense output.
 
-    Parameters: weight (out, in / groups, kh, kw), gain (out,), bias (out,), in float32 whatever the type of the input,
-    which decides the type of the output.
+    Parameters: weight (out, in / groups, kh, kw) and bias (out,), in float32 whatever the type of the input, which
+    decides the type of the output.
     """
 
     def __init__(
@@ -54,37 +59,116 @@ class WSConv2d(nn.Conv2d):
         kernel_size: int | tuple[int, int],
         *,
         stride: int | tuple[int, int] = 1,
+        padding: Padding = "same",
+        dilation: int | tuple[int, int] = 1,
         groups: int = 1,
-        scale: float = 1.0,
-        eps: float = 1e-4,
+        bias: bool = True,
+        in_place_of: int = 1,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride=stride, groups=groups)
-        self.scale, self.eps = scale, eps
-        self.gain = nn.Parameter(torch.ones_like(self.bias))  # type: ignore[arg-type]
-        self.reset_parameters()
+        zeros = 0 if padding == "same" else padding
+        super().__init__(in_channels, out_channels, kernel_size, stride, zeros, dilation, groups, bias)
+        self.same, self.in_place_of = padding == "same", in_place_of
 
     def reset_parameters(self) -> None:
-        """Weights from N(0, 1 / fan-in), gains 1, biases 0; standardisation makes the first nearly irrelevant."""
+        """Weights from N(0, 1 / fan-in), biases 0."""
         nn.init.normal_(self.weight, std=math.prod(self.weight.shape[1:]) ** -0.5)
-        nn.init.zeros_(self.bias)  # type: ignore[arg-type]
-        if hasattr(self, "gain"):  # the base class calls this before the gain exists
-            nn.init.ones_(self.gain)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
-    def standardized_weight(self) -> Tensor:
-        """What is convolved with: (out, in / groups, kh, kw), float32."""
-        gain = self.gain if self.gain.dtype == torch.float64 else self.gain.float()
-        return standardize(self.weight, gain * self.scale if self.scale != 1.0 else gain, self.eps)
+    def filters(self) -> Tensor:
+        """What is convolved with: (out, in / groups, kh, kw)."""
+        return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in, H, W) -> (N, out, ceil(H / stride), ceil(W / stride))."""
-        weight, bias = self.standardized_weight().to(x.dtype), self.bias
-        assert bias is not None
-        (kh, kw), (sh, sw) = self.kernel_size, self.stride
-        top, bottom = same_padding(x.shape[-2], kh, sh)
-        left, right = same_padding(x.shape[-1], kw, sw)
-        if top != bottom or left != right:
-            x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0
-        return F.conv2d(x, weight, bias.to(x.dtype), self.stride, (top, left), 1, self.groups)
+        weight = self.filters().to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        padding = self.padding
+        if self.same:
+            (top, bottom), (left, right) = self._pads(x.shape[-2], 0), self._pads(x.shape[-1], 1)
+            if top == bottom and left == right:
+                padding = (top, left)
+            else:
+                x = F.pad(x, (left, right, top, bottom))
+        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+    def _pads(self, size: int, axis: int) -> tuple[int, int]:
+        kernel, stride, dilation = self.kernel_size[axis], self.stride[axis], self.dilation[axis]
+        if self.in_place_of == 1:
+            return same_padding(size, kernel, stride, dilation)
+        before = same_padding(-(-size // dilation), kernel, self.in_place_of)[0] * dilation
+        return before, (kernel - 1) * dilation - before
+
+
+class WSConv2d(SameConv2d):
+    """A convolution with the standardised weight (Eq. 1), SAME padding unless told otherwise, always with a bias.
+
+    `scale` is a constant that multiplies the standardised weight and not the bias. It is how the gain gamma of the
+    activation before this layer, and the 1/beta of its block, are applied: conv(c x, W) = conv(x, c W), and the weight
+    is far smaller than the image.
+
+    Parameters: as of `SameConv2d`, and gain (out,).
+
+    Raises:
+        ValueError: a fan-in of 1, whose standardised weight would be 0.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        *,
+        stride: int | tuple[int, int] = 1,
+        padding: Padding = "same",
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        scale: float = 1.0,
+        eps: float = 1e-4,
+        in_place_of: int = 1,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            in_place_of=in_place_of,
+        )
+        if math.prod(self.weight.shape[1:]) == 1:
+            raise ValueError("a fan-in of 1 cannot be standardised: the weight minus its mean is 0")
+        self.scale, self.eps = scale, eps
+        self.gain = nn.Parameter(torch.ones_like(self.bias))  # type: ignore[arg-type]
+
+    def reset_parameters(self) -> None:
+        """Weights from N(0, 1 / fan-in), gains 1, biases 0; standardisation makes the first nearly irrelevant."""
+        super().reset_parameters()
+        if hasattr(self, "gain"):  # the base class calls this before the gain exists
+            nn.init.ones_(self.gain)
+
+    def filters(self) -> Tensor:
+        """The standardised weight with its gain and scale, in float32 at least."""
+        gain = self.gain if self.gain.dtype == torch.float64 else self.gain.float()
+        return standardize(self.weight, gain * self.scale if self.scale != 1.0 else gain, self.eps)
+
+    def folded(self) -> SameConv2d:
+        """A plain convolution with the same outputs, and parameters of its own."""
+        conv = SameConv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,  # type: ignore[arg-type]
+            stride=self.stride,  # type: ignore[arg-type]
+            padding="same" if self.same else self.padding,  # type: ignore[arg-type]
+            dilation=self.dilation,  # type: ignore[arg-type]
+            groups=self.groups,
+            in_place_of=self.in_place_of,
+        ).to(self.weight)
+        with torch.no_grad():
+            conv.weight.copy_(self.filters())
+            conv.bias.copy_(self.bias)  # type: ignore[union-attr, arg-type]
+        return conv.train(self.training).requires_grad_(self.weight.requires_grad)
 
     def extra_repr(self) -> str:
         """As of the base class, with the constant that the weight absorbs."""
