@@ -13,25 +13,28 @@ from torch import Tensor, nn
 
 import normfree
 from authors import images, load, tree
-from normfree.models.nfnet import NFBlock, NFNet, NFNetConfig
+from normfree.models import Network, NetworkConfig
+from normfree.models.block import Block
+from normfree.nn.conv import WSConv2d
 from normfree.nn.layers import Draws
 from normfree.nn.signal import GAMMA, block_input_std
 
 
-def authors_net(fixture: str) -> tuple[NFNet, dict[str, Tensor]]:
+def authors_net(fixture: str) -> tuple[Network, dict[str, Tensor]]:
     tensors, about = load(fixture)
     v = about["config"]["variant"]
-    config = NFNetConfig(
+    config = NetworkConfig(
         tuple(v["width"]),
         tuple(v["depth"]),
         v["train_imsize"],
         v["test_imsize"],
         v["drop_rate"],
-        magnitude=5,
-        group_width=v["group_width"][0],
+        stem_widths=(16, 32, 64, v["width"][0] // 2),
+        group_width=tuple(v["group_width"]),
+        final_width=2 * v["width"][-1],
         num_classes=10,
     )
-    model = NFNet(config).eval()
+    model = Network(config).eval()
     model.load_state_dict(tree(tensors, "params/"))
     return model, tensors
 
@@ -77,19 +80,19 @@ def test_the_signal_of_every_block_equals_the_authors() -> None:
         torch.testing.assert_close(variance, tensors[f"avg_var_{i}"], rtol=1e-4, atol=1e-7)
 
 
-def blocks_of(model: NFNet) -> list[NFBlock]:
-    return cast("list[NFBlock]", list(model.blocks))
+def blocks_of(model: Network) -> list[Block]:
+    return cast("list[Block]", list(model.blocks))
 
 
-def _plain(model: NFNet, x: Tensor, keep: Tensor) -> Tensor:
+def _plain(model: Network, x: Tensor, keep: Tensor) -> Tensor:
     """The paper's formulas with every scalar multiplied where the paper has it, none folded."""
     c = model.config
 
     def act(z: Tensor) -> Tensor:
         return GAMMA["gelu"] * F.gelu(z, approximate="tanh")
 
-    def conv(layer: torch.nn.Module, z: Tensor) -> Tensor:
-        assert isinstance(layer, type(model.final_conv))
+    def conv(layer: torch.nn.Module | None, z: Tensor) -> Tensor:
+        assert isinstance(layer, WSConv2d)
         w = layer.weight
         n = w[0].numel()
         mean = w.mean((1, 2, 3), keepdim=True)
@@ -107,20 +110,22 @@ def _plain(model: NFNet, x: Tensor, keep: Tensor) -> Tensor:
         out = act(x) / beta
         shortcut = x
         if block.conv_shortcut is not None:
-            pooled = F.avg_pool2d(out, 2, ceil_mode=True, count_include_pad=False) if block.stride == 2 else out
+            pooled = F.avg_pool2d(out, 2, ceil_mode=True, count_include_pad=False) if block.place.stride == 2 else out
             shortcut = conv(block.conv_shortcut, pooled)
         out = conv(block.conv0, out)
         out = conv(block.conv1, act(out))
         out = conv(block.conv1b, act(out))
         out = conv(block.conv2, act(out))
         se = block.squeeze_excite
+        assert se is not None
+        assert block.skip_gain is not None
         out = 2 * torch.sigmoid(se.fc1(F.relu(se.fc0(out.mean((2, 3))))))[:, :, None, None] * out
         x = shortcut + out * keep[:, i, None, None, None] * block.skip_gain * c.alpha
     logits: Tensor = model.fc(act(conv(model.final_conv, x)).mean((2, 3)))
     return logits
 
 
-def _random(model: NFNet) -> NFNet:
+def _random(model: Network) -> Network:
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "bias" in name or "gain" in name:
@@ -131,8 +136,10 @@ def _random(model: NFNet) -> NFNet:
 def test_scalars_in_weights_and_gates_change_nothing() -> None:
     """The network equals the formulas of the paper with each scalar in its own place, in float64, masks included."""
     torch.manual_seed(1)
-    config = NFNetConfig((16, 24, 48), (1, 3, 2), 32, 32, 0.0, 0, group_width=8, num_classes=7)
-    model = _random(NFNet(config)).double()
+    config = NetworkConfig(
+        (16, 24, 48), (1, 3, 2), 32, 32, 0.0, strides=(1, 2, 2), group_width=(8,), final_width=96, num_classes=7
+    )
+    model = _random(Network(config)).double()
     x = torch.randn(4, 3, 41, 50, dtype=torch.float64)
     keep = (torch.rand(4, 6) < 0.5).double()
     keep[:, 0] = 1  # the first block has rate 0
@@ -188,7 +195,9 @@ def test_stochastic_depth_drops_whole_branches_and_does_not_rescale() -> None:
     whole = copy.deepcopy(model).eval()(x)
     without = copy.deepcopy(model).eval()
     with torch.no_grad():
-        blocks_of(without)[n - 1].skip_gain.zero_()
+        gain = blocks_of(without)[n - 1].skip_gain
+        assert gain is not None
+        gain.zero_()
     torch.testing.assert_close(mixed[0], whole[0])
     torch.testing.assert_close(mixed[1], without(x)[1])
     assert not torch.allclose(mixed[1], whole[1])

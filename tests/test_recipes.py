@@ -14,7 +14,8 @@ from torch import nn
 from conftest import make_folder
 from normfree.config import Given, check_ranges, flat
 from normfree.data.sources import open_data
-from normfree.models.nfnet import VARIANTS, NFNet
+from normfree.models import MODELS, Network
+from normfree.models.count import multiply_adds
 from normfree.optim import AGCSGD, WarmupCosine
 from normfree.recipes import RECIPES, choose
 
@@ -55,8 +56,8 @@ def test_the_chosen_lambda_is_the_smallest_that_wakes_skipinit_in_a_fifth(total:
 
 def test_memory_and_multiply_adds_are_counted() -> None:
     """F0 at 256 px has the 12.38 billion of Table 3; memory grows linearly with the batch."""
-    f0 = VARIANTS["nfnet_f0"]
-    assert choose.multiply_adds(f0, 256) == pytest.approx(12.38e9, rel=2e-3)
+    f0 = MODELS["nfnet_f0"]
+    assert multiply_adds(f0, 256) == pytest.approx(12.38e9, rel=2e-3)
     a, b, c = (choose.step_memory(f0, 192, n) for n in (8, 16, 24))
     assert b - a == pytest.approx(c - b, rel=1e-6)
     assert 2 * 2**30 < a < 3 * 2**30  # 2.7 GiB were measured, whole process, on a CPU
@@ -64,8 +65,8 @@ def test_memory_and_multiply_adds_are_counted() -> None:
 
 def test_the_memory_estimate_covers_what_backward_keeps() -> None:
     """Against the bytes that autograd really saves on the CPU."""
-    config = replace(VARIANTS["nfnet_tiny"], num_classes=10)
-    model, seen = NFNet(config), dict[int, int]()
+    config = replace(MODELS["nfnet_tiny"], num_classes=10)
+    model, seen = Network(config), dict[int, int]()
 
     def pack(t: torch.Tensor) -> torch.Tensor:
         seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()

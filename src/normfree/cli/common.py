@@ -17,8 +17,7 @@ from rich.table import Table
 
 from normfree.config import Run, UserError, from_dict, suggestion
 from normfree.data.crop import Preprocessing
-from normfree.models import MODELS
-from normfree.models.nfnet import NFNet
+from normfree.models import MODELS, Network
 from normfree.models.weights import load_model
 from normfree.train.loop import weights_path
 from normfree.train.record import RunFolder
@@ -35,7 +34,7 @@ def parse(kind: type[T], command: str, arguments: Sequence[str]) -> T:
 class Trained:
     """A network with what is stored beside its weights; run, where the weights belong to a run folder."""
 
-    model: NFNet
+    model: Network
     name: str
     classes: tuple[str, ...]
     preprocessing: Preprocessing

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fnmatch import fnmatch
+from typing import Any
 
-from normfree.config import UserError
-from normfree.models.nfnet import VARIANTS, NFNet, NFNetConfig
+from normfree.config import UserError, from_dict
+from normfree.models.families import MODELS, NetworkConfig
+from normfree.models.network import FeatureInfo, Network
 from normfree.models.weights import load_weights
 
-__all__ = ["MODELS", "create_model", "list_models", "load_weights", "model_config"]
-
-# Every name that `create_model` knows. A plain table, walked by one test.
-MODELS: dict[str, NFNetConfig] = {**VARIANTS}
+__all__ = [
+    "MODELS",
+    "FeatureInfo",
+    "Network",
+    "NetworkConfig",
+    "create_model",
+    "list_models",
+    "load_weights",
+    "model_config",
+]
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -21,7 +29,7 @@ def list_models(pattern: str = "*") -> list[str]:
     return [name for name in MODELS if fnmatch(name, pattern)]
 
 
-def model_config(name: str) -> NFNetConfig:
+def model_config(name: str) -> NetworkConfig:
     """The configuration behind a name.
 
     Raises:
@@ -29,7 +37,7 @@ def model_config(name: str) -> NFNetConfig:
     """
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(MODELS)}"
+        hint = f"did you mean {' or '.join(near)}?" if near else "`normfree list` shows them"
         raise UserError(f"unknown model {name!r}; {hint}")
     return MODELS[name]
 
@@ -41,7 +49,8 @@ def create_model(
     drop_rate: float | None = None,
     stochastic_depth: float | None = None,
     skip_init: float | None = None,
-) -> NFNet:
+    **options: Any,
+) -> Network:
     """A new network with random weights from torch's generator.
 
     Args:
@@ -50,15 +59,16 @@ def create_model(
         in_chans: channels of the input.
         drop_rate: of dropout before the classifier, in [0, 1); None takes the variant's.
         stochastic_depth: rate of the last block, in [0, 1), growing linearly from 0; None takes the variant's.
-
         skip_init: where the gain of each residual branch starts; None takes the variant's, 0 in the paper. From 0 a
             branch needs hundreds of steps to wake, so 1 suits short runs.
+        options: any other field of `NetworkConfig`, such as output_stride=16, activation="silu", or one of the
+            options of Appendix E: squeeze="straddle", pointwise_groups=2, group_width=(8, 8, 16, 16), stem="dct".
 
     Returns:
         a module (N, in_chans, H, W) -> (N, num_classes), in training mode.
 
     Raises:
-        UserError: unknown name, or a number out of range.
+        UserError: unknown name or option, or a value out of range.
     """
     config = model_config(name)
     if num_classes < 1 or in_chans < 1:
@@ -68,4 +78,18 @@ def create_model(
         if rate is not None and not 0.0 <= rate < 1.0:
             raise UserError(f"{key} must be in [0, 1), not {rate}")
     changes = {key: value for key, value in {**rates, "skip_init": skip_init}.items() if value is not None}
-    return NFNet(replace(config, num_classes=num_classes, in_chans=in_chans, **changes))  # type: ignore[arg-type]
+    config = replace(config, num_classes=num_classes, in_chans=in_chans, **changes)  # type: ignore[arg-type]
+    return Network(with_options(config, options))
+
+
+def with_options(config: NetworkConfig, options: dict[str, Any]) -> NetworkConfig:
+    """The configuration with some fields changed; one number serves for all stages.
+
+    Raises:
+        UserError: an unknown name, a wrong type, or a value out of range.
+    """
+    fields = asdict(config)
+    for name, value in options.items():
+        several = isinstance(fields.get(name), tuple) and not isinstance(value, (tuple, list))
+        fields[name] = (value,) if several else value
+    return from_dict(NetworkConfig, fields, "options")

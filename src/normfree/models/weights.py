@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from normfree.config import UserError, from_dict, suggestion
 from normfree.files import write_atomic
-from normfree.models.nfnet import NFNet, NFNetConfig
+from normfree.models.families import NetworkConfig
+from normfree.models.network import Network
 
 _KEY = "normfree"  # of the header's entry, a JSON object: {"model": .., "config": {..}, "classes": [..], ..}
 
@@ -51,17 +52,17 @@ def load_weights(model: nn.Module, path: Path | str) -> None:
     _fill(model, tensors, Path(path))
 
 
-def load_model(path: Path) -> tuple[NFNet, dict[str, Any]]:
+def load_model(path: Path) -> tuple[Network, dict[str, Any]]:
     """The model that a file of `save_weights` was made from, in evaluation mode, and what its header says."""
     tensors, about = read_weights(path)
     if "config" not in about:
         raise UserError(f"{path} does not say which network it belongs to; name the model too")
-    model = NFNet(from_dict(NFNetConfig, about["config"], f"{path}: config"))
+    model = Network(from_dict(NetworkConfig, about["config"], f"{path}: config"))
     _fill(model, tensors, path)
     return model.eval(), about
 
 
-def describe(name: str, model: NFNet) -> dict[str, Any]:
+def describe(name: str, model: Network) -> dict[str, Any]:
     """The part of `about` from which `load_model` builds the network again."""
     return {"model": name, "config": asdict(model.config)}
 

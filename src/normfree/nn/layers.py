@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normfree.nn.conv import same_padding
+
 
 def at_least_float32(x: Tensor) -> Tensor:
     """X itself if it is float32 or float64, otherwise a float32 copy."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def mean_pixels(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, C), summed in float32 at least."""
+    return x.mean((2, 3), dtype=x.dtype if x.dtype == torch.float64 else torch.float32)
 
 
 def avg_pool_same(x: Tensor, stride: int = 2) -> Tensor:
@@ -20,6 +28,46 @@ def avg_pool_same(x: Tensor, stride: int = 2) -> Tensor:
     (N, C, H, W) -> (N, C, ceil(H / stride), ceil(W / stride)).
     """
     return F.avg_pool2d(x, stride, stride, ceil_mode=True, count_include_pad=False)
+
+
+def avg_pool_dense(x: Tensor, window: int = 2, dilation: int = 1) -> Tensor:
+    """`avg_pool_same` at every pixel: the same averages, of pixels `dilation` apart, without striding; same shape."""
+    for dim in (-2, -1):
+        ones = torch.ones(x.shape[dim], device=x.device, dtype=x.dtype).view(-1, *[1] * (-1 - dim))
+        total, count = x, ones
+        for step in range(dilation, window * dilation, dilation):
+            total = total + _shifted(x, step, dim)
+            count = count + _shifted(ones, step, dim)
+        x = total / count
+    return x
+
+
+def _shifted(x: Tensor, by: int, dim: int) -> Tensor:
+    """Pixel i + by in place of pixel i, zeros beyond the edge."""
+    by = min(by, x.shape[dim])
+    gap = (0, 0) * (-1 - dim) + (0, by)
+    return F.pad(x.narrow(dim, by, x.shape[dim] - by), gap)
+
+
+def max_pool_same(x: Tensor, window: int = 3, stride: int = 2) -> Tensor:
+    """Greatest value of each window, SAME padding: (N, C, H, W) -> (N, C, ceil(H / stride), ceil(W / stride))."""
+    (top, bottom), (left, right) = (same_padding(size, window, stride) for size in x.shape[-2:])
+    return F.max_pool2d(F.pad(x, (left, right, top, bottom), value=-math.inf), window, stride)
+
+
+def block_dct(x: Tensor, size: int = 8) -> Tensor:
+    """Orthonormal cosine transform (DCT-II) of each size x size block, zeros beyond the edge (Gueguen et al. 2018).
+
+    (N, C, H, W) -> (N, C * size^2, ceil(H / size), ceil(W / size)); the coefficients of a channel are neighbours, by
+    vertical and then horizontal frequency.
+    """
+    n = torch.arange(size, device=x.device, dtype=torch.float32)
+    basis = torch.cos(math.pi / size * (n + 0.5) * n[:, None]) * math.sqrt(2 / size)  # (frequency, pixel)
+    basis = torch.where(n[:, None] == 0, math.sqrt(0.5), 1.0) * basis
+    kernels = torch.einsum("ua,vb->uvab", basis, basis).reshape(-1, 1, size, size).to(x.dtype)
+    pads = [-length % size for length in x.shape[-2:]]
+    x = F.pad(x, (0, pads[1], 0, pads[0]))
+    return F.conv2d(x, kernels.repeat(x.shape[1], 1, 1, 1), stride=size, groups=x.shape[1])
 
 
 def linear(in_features: int, out_features: int, std: float | None = None) -> nn.Linear:
@@ -31,20 +79,20 @@ def linear(in_features: int, out_features: int, std: float | None = None) -> nn.
 
 
 class SqueezeExcite(nn.Module):
-    """sigmoid(FC1(relu(FC0(mean over pixels)))): the gate alone, (N, C, H, W) -> (N, C) in float32.
+    """sigmoid(FC1(relu(FC0(mean over pixels)))): the gate alone, (N, C, H, W) -> (N, gated) in float32.
 
     Appendix C writes GELU between the two; the authors' code, and so the published weights, have ReLU. The block
     multiplies the gate with its other scalars first and with the map last.
     """
 
-    def __init__(self, channels: int, hidden: int) -> None:
+    def __init__(self, channels: int, hidden: int, gated: int | None = None) -> None:
         super().__init__()
         self.fc0 = linear(channels, hidden)
-        self.fc1 = linear(hidden, channels)
+        self.fc1 = linear(hidden, channels if gated is None else gated)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The gate of each channel, in (0, 1)."""
-        pooled = x.mean((2, 3), dtype=x.dtype if x.dtype == torch.float64 else torch.float32)
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        """The gate of each channel, in (0, 1); `scale` multiplies the map that is seen."""
+        pooled = mean_pixels(x) * scale if scale != 1.0 else mean_pixels(x)
         hidden = F.relu(self.fc0(pooled.to(self.fc0.weight.dtype)))
         return at_least_float32(torch.sigmoid(self.fc1(hidden)))
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from normfree.models.nfnet import NFNet, NFNetConfig
+from normfree.models import Network, NetworkConfig
 
 LAMBDAS = (0.01, 0.02, 0.04, 0.08, 0.16)  # Section 4.1
 
@@ -73,16 +72,7 @@ def _read_number(path: str, pattern: str) -> int:
     return int(found.group(1)) if found else 0
 
 
-def multiply_adds(config: NFNetConfig, size: int) -> int:
-    """Of one image's forward pass, counted on the meta device."""
-    with torch.device("meta"):
-        model, image = NFNet(config).eval(), torch.empty(1, config.in_chans, size, size)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(image)
-    return int(counter.get_total_flops()) // 2
-
-
-def step_memory(config: NFNetConfig, size: int, batch_size: int) -> int:
+def step_memory(config: NetworkConfig, size: int, batch_size: int) -> int:
     """Bytes of a training step in float32: weights, gradients, momentum, average, and what backward keeps.
 
     Counted on the meta device. A quarter of the maps is added for work space.
@@ -90,14 +80,14 @@ def step_memory(config: NFNetConfig, size: int, batch_size: int) -> int:
     one, two = (_kept(config, size, n) for n in (1, 2))
     maps, others = two - one, 2 * one - two
     with torch.device("meta"):
-        weights = sum(p.numel() for p in NFNet(config).parameters()) * 4
+        weights = sum(p.numel() for p in Network(config).parameters()) * 4
     return maps * batch_size * 5 // 4 + others + 4 * weights
 
 
-def _kept(config: NFNetConfig, size: int, n: int) -> int:
+def _kept(config: NetworkConfig, size: int, n: int) -> int:
     """Bytes that autograd keeps for backward after a forward pass of n images, beside the weights."""
     with torch.device("meta"):
-        model, images = NFNet(config), torch.empty(n, config.in_chans, size, size)
+        model, images = Network(config), torch.empty(n, config.in_chans, size, size)
     seen: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:

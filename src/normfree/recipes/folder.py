@@ -13,8 +13,8 @@ import torch
 from normfree.config import DataConfig, Given, ModelConfig, OptimConfig, Run, TrainConfig, UserError
 from normfree.data.decode import BadImage, image_size
 from normfree.data.sources import FolderSource, Source
-from normfree.models import model_config
-from normfree.models.nfnet import NFNetConfig
+from normfree.models import NetworkConfig, model_config
+from normfree.models.count import multiply_adds
 from normfree.optim import WarmupCosine
 from normfree.recipes import choose
 
@@ -118,16 +118,16 @@ def _model(facts: Facts, size: int, device: str) -> tuple[str, str]:
     return "nfnet_tiny", f"nfnet_small would need too long for {facts.images} images here"
 
 
-def _affordable(config: NFNetConfig, facts: Facts, size: int, device: str) -> float:
+def _affordable(config: NetworkConfig, facts: Facts, size: int, device: str) -> float:
     """Epochs in the time that a run without settings aims at; an estimate within a factor of about two."""
     if device.startswith("cuda"):
         operations = _GPU_MINUTES * 60 * _GPU_SPEED
     else:
         operations = _CPU_MINUTES * 60 * _CPU_SPEED * torch.get_num_threads()
-    return operations / (3 * choose.multiply_adds(config, size) * facts.images)  # backward costs twice forward
+    return operations / (3 * multiply_adds(config, size) * facts.images)  # backward costs twice forward
 
 
-def _batch(facts: Facts, config: NFNetConfig, size: int, device: str) -> tuple[int, str]:
+def _batch(facts: Facts, config: NetworkConfig, size: int, device: str) -> tuple[int, str]:
     most = 1024 if device.startswith("cuda") else 64
     wanted = 2 ** int(math.log2(min(max(16, min(facts.images / 40, most)), facts.images)))
     why = f"of {facts.images} images" if wanted > 16 else "few images"
@@ -137,7 +137,7 @@ def _batch(facts: Facts, config: NFNetConfig, size: int, device: str) -> tuple[i
     return wanted, why
 
 
-def _epochs(facts: Facts, config: NFNetConfig, size: int, device: str, batch: int) -> tuple[float, str]:
+def _epochs(facts: Facts, config: NetworkConfig, size: int, device: str, batch: int) -> tuple[float, str]:
     enough = max(_EPOCHS, _STEPS * batch / facts.images)
     epochs = float(round(min(max(_affordable(config, facts, size, device), _EPOCHS / 3), enough, 300)))
     return epochs, f"{round(epochs * facts.images / batch)} steps"

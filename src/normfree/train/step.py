@@ -13,8 +13,7 @@ from normfree import random
 from normfree.config import Run
 from normfree.data.crop import Preprocessing
 from normfree.data.loader import Batch
-from normfree.models import create_model
-from normfree.models.nfnet import NFNet
+from normfree.models import Network, create_model
 from normfree.nn.layers import Draws
 from normfree.optim import AGCSGD, EMA, WarmupCosine, param_groups
 from normfree.random import Purpose
@@ -26,7 +25,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class Learner:
     """The network, its average, the optimizer and the schedule."""
 
-    model: NFNet
+    model: Network
     ema: EMA
     optimizer: AGCSGD
     schedule: WarmupCosine

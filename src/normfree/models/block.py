@@ -1,0 +1,161 @@
+"""The residual block: a pre-activation bottleneck (Figures 5 and 6 of the paper), with or without normalization.
+
+Shapes: N images, C channels, H x W pixels. Where the paper and the authors' code differ the code is followed, since
+the published weights come from it; docs/design.md lists the differences.
+
+Scalars live in weights. The paper's block is  h + alpha * skip_gain * 2 * gate * f(gamma * act(h) / beta).  Here gamma
+and 1/beta are factors of the standardised weights of the next convolutions, and alpha, SkipInit, the 2 and the
+stochastic depth mask are factors of the squeeze-excite gate, which is (N, C): no constant multiplies a full-size map.
+Two exceptions, in the open: a gate inside the bottleneck, and the paper's order act(h / beta).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from normfree.models.families import NetworkConfig
+from normfree.nn.conv import SameConv2d, WSConv2d
+from normfree.nn.layers import SqueezeExcite, at_least_float32, avg_pool_dense, avg_pool_same
+from normfree.nn.signal import activation
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a block stands: its channels, its stage, and what the bookkeeping expects of its input."""
+
+    in_chans: int
+    out_chans: int
+    stage: int
+    first: bool  # of the network
+    beta: float  # expected standard deviation of the input
+    stride: int = 1
+    dilation: int = 1  # of a map that would be coarser by this factor, but for the output stride
+    dense: bool = False  # dilates from here on by `stride`, instead of striding
+
+
+def convolution(config: NetworkConfig, scale: float) -> Callable[..., SameConv2d]:
+    """What makes the convolutions of a network: weight-standardised with a factor, or plain before batch norm."""
+
+    def make(in_chans: int, out_chans: int, kernel: int, **options: int) -> SameConv2d:
+        if config.norm == "batch":
+            return SameConv2d(in_chans, out_chans, kernel, bias=False, **options)
+        return WSConv2d(in_chans, out_chans, kernel, scale=scale, eps=config.ws_eps, **options)
+
+    return make
+
+
+def batch_norm(config: NetworkConfig, channels: int) -> nn.BatchNorm2d | None:
+    """Before an activation of a twin with batch norm; the others have none."""
+    return nn.BatchNorm2d(channels) if config.norm == "batch" else None
+
+
+def bottleneck_width(config: NetworkConfig, place: Place) -> tuple[int, int]:
+    """(channels, groups) of the 3x3 convolutions; the width is rounded down to whole groups."""
+    expansion = config.expansion[place.stage]
+    if place.first and config.first_expansion is not None:
+        expansion = config.first_expansion
+    group_width = config.group_width[place.stage]
+    width = max(1, int(expansion * (place.in_chans if config.expand_from[place.stage] == "in" else place.out_chans)))
+    groups = max(1, width // group_width) if group_width else 1
+    return groups * group_width if group_width else width, groups
+
+
+class Block(nn.Module):
+    """One residual block.
+
+    A block that strides or changes the width is a transition: its shortcut is pooled and projected from the activated,
+    beta-scaled signal, which resets the variance to 1. Otherwise the shortcut is the input itself.
+    """
+
+    def __init__(self, config: NetworkConfig, place: Place) -> None:
+        super().__init__()
+        free = config.norm == "none"
+        self.act, gamma = activation(config.activation)
+        self.gamma = gamma if free else 1.0
+        self.beta = place.beta if config.beta_first else 1.0  # otherwise it is in the weights
+        self.place, self.squeeze, self.pooled = place, config.squeeze, config.shortcut == "pool"
+        chans, out = place.in_chans, place.out_chans
+        width, groups = bottleneck_width(config, place)
+        first = convolution(config, gamma if config.beta_first else gamma / place.beta)
+        conv = convolution(config, gamma)
+        stride = 1 if place.dense else place.stride
+        late = place.dilation * (place.stride if place.dense else 1)  # of what follows the first 3x3
+
+        self.norm0, self.norm1, self.norm2 = (batch_norm(config, c) for c in (chans, width, width))
+        self.conv0 = first(chans, width, 1, groups=config.pointwise_groups)
+        self.conv1 = conv(
+            width,
+            width,
+            3,
+            stride=stride,
+            groups=groups,
+            dilation=place.dilation,
+            in_place_of=place.stride if place.dense else 1,
+        )
+        self.norm1b = batch_norm(config, width) if config.second_conv else None
+        self.conv1b = conv(width, width, 3, groups=groups, dilation=late) if config.second_conv else None
+        self.conv2 = conv(width, out, 1, groups=config.pointwise_groups)
+        transition = place.stride > 1 or chans != out
+        self.conv_shortcut = first(chans, out, 1, stride=1 if self.pooled else stride) if transition else None
+        gated = width if config.squeeze == "inner" else out
+        seen = out if config.squeeze == "out" else width
+        hidden = max(1, int(gated * config.se_ratio))
+        self.squeeze_excite = SqueezeExcite(seen, hidden, gated) if config.squeeze != "none" else None
+        # twice the sigmoid keeps the variance; batch norm needs neither that nor alpha and SkipInit
+        self.twice = 2.0 if free and config.squeeze != "none" else 1.0
+        self.alpha = config.alpha
+        # one element, since sharding refuses scalars
+        self.skip_gain = nn.Parameter(torch.full((1,), config.skip_init)) if free else None
+
+    def activate(self, x: Tensor) -> Tensor:
+        """What the convolutions of the block see, but for the factors that are in their weights."""
+        if self.norm0 is not None:
+            x = self.norm0(x)
+        return self.act(x if self.beta == 1.0 else x / self.beta)
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """(N, C, H, W) -> (N, C', ceil(H / stride), ceil(W / stride)); keep (N,) is 0 for samples that skip it."""
+        out = self.activate(x)
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(self._pool(out))
+        out, gate = self.branch(out)
+        if keep is not None:
+            gate = keep[:, None] if gate is None else gate * keep[:, None]
+        if gate is None:
+            return shortcut + out
+        return torch.addcmul(shortcut, out, gate.to(out.dtype)[:, :, None, None])
+
+    def branch(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The residual branch f of an activated map, and what it is to be multiplied with, (N or 1, C or 1)."""
+        out = self.conv1(self._between(self.norm1, self.conv0(out)))
+        if self.conv1b is not None:
+            out = self.conv1b(self._between(self.norm1b, out))
+        if self.squeeze == "inner":
+            assert self.squeeze_excite is not None
+            out = out * (self.twice * self.squeeze_excite(out)).to(out.dtype)[:, :, None, None]
+        out = self._between(self.norm2, out)
+        gate = None
+        if self.squeeze == "straddle":
+            assert self.squeeze_excite is not None
+            gate = self.squeeze_excite(out, self.gamma)
+        out = self.conv2(out)
+        if self.squeeze == "out":
+            assert self.squeeze_excite is not None
+            gate = self.squeeze_excite(out)
+        if self.skip_gain is None:
+            return out, gate
+        twice = 1.0 if gate is None else self.twice
+        gain = twice * self.alpha * at_least_float32(self.skip_gain)
+        return out, gain[None] if gate is None else gate * gain
+
+    def _between(self, norm: nn.Module | None, x: Tensor) -> Tensor:
+        return self.act(x if norm is None else norm(x))
+
+    def _pool(self, out: Tensor) -> Tensor:
+        stride, dilation = self.place.stride, self.place.dilation
+        if stride == 1 or not self.pooled:
+            return out
+        return avg_pool_dense(out, stride, dilation) if self.place.dense else avg_pool_same(out, stride)

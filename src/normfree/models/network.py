@@ -1,0 +1,244 @@
+"""The network of every family: a stem, stages of residual blocks, a head (Section 5 and Appendix C of the paper).
+
+Shapes: N images, C channels, H x W pixels. `normfree.models.families` has the variants, `block` the residual block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from normfree.config import UserError
+from normfree.models.block import Block, Place, batch_norm, convolution
+from normfree.models.families import NetworkConfig
+from normfree.nn.layers import (
+    Draws,
+    at_least_float32,
+    block_dct,
+    depth_mask,
+    dropout_mask,
+    linear,
+    max_pool_same,
+    mean_pixels,
+)
+from normfree.nn.signal import activation, block_input_std
+
+_DCT = 8  # side of the blocks of the DCT stem, in pixels
+
+
+class FeatureInfo(NamedTuple):
+    """A map of `forward_intermediates`: its name, its channels, and how many pixels of the image one pixel is."""
+
+    name: str
+    channels: int
+    stride: int
+
+
+class Network(nn.Module):
+    """(N, in_chans, H, W) -> (N, num_classes) logits, float32.
+
+    The weights stay in float32; the type of the input decides the type of the maps, so that `model(x.bfloat16())`
+    trains as the paper did. In training, masks of dropout and stochastic depth come from `draws`, or from torch's
+    generator if none are given.
+    """
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+        free = config.norm == "none"
+        self.act, gamma = activation(config.activation)
+        self.gamma = gamma if free else 1.0
+        self.stem, self.stem_norms = self._stem()
+        self.blocks = nn.ModuleList(Block(config, place) for place in places(config))
+        chans = config.widths[-1]
+        width = config.final_width if config.final != "none" else chans
+        self.final_conv = convolution(config, 1.0)(chans, width, 1) if config.final == "conv" else None
+        self.final_fc = linear(chans, width) if config.final == "fc" else None
+        self.final_norm = batch_norm(config, width) if config.final != "fc" else None
+        self.num_features = width
+        self.fc = linear(width, config.num_classes, config.classifier_std)
+        n = len(self.blocks)
+        self.depth_rates = tuple(config.stochastic_depth * i / n for i in range(n))
+
+    def _stem(self) -> tuple[nn.ModuleList, nn.ModuleList]:
+        """The convolutions, and the norms before each but the first, where the family has norms."""
+        c = self.config
+        chans, widths, strides, kernel = c.in_chans, c.stem_widths, c.stem_strides, c.stem_kernel
+        if c.stem == "dct":
+            chans, widths, strides, kernel = c.in_chans * _DCT**2, widths[-1:], (1,), 1
+        layers, norms = nn.ModuleList(), nn.ModuleList()
+        for i, (width, stride) in enumerate(zip(widths, strides, strict=True)):
+            scale = self.gamma if i else 1.0  # no activation before the first, nor after the last
+            layers.append(convolution(c, scale)(chans, width, kernel, stride=stride))
+            norm = batch_norm(c, chans) if i else None
+            if norm is not None:
+                norms.append(norm)
+            chans = width
+        return layers, norms
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the last layer by a new one, initialised as at first."""
+        self.config = replace(self.config, num_classes=num_classes)
+        self.fc = linear(self.num_features, num_classes, self.config.classifier_std).to(self.fc.weight)
+
+    def draws(self, n: int, uniform_keep: Tensor | None = None, uniform_dropout: Tensor | None = None) -> Draws:
+        """The masks of a training step for n images, from uniform numbers in [0, 1) or, without, torch's generator.
+
+        uniform_keep is (n, blocks), uniform_dropout (n, features); a rate of 0 needs no numbers.
+        """
+        device, keep, dropout = self.fc.weight.device, None, None
+        if self.config.stochastic_depth > 0:
+            uniform = torch.rand(n, len(self.blocks), device=device) if uniform_keep is None else uniform_keep
+            keep = depth_mask(uniform, torch.tensor(self.depth_rates, device=device))
+        if self.config.drop_rate > 0:
+            uniform = torch.rand(n, self.num_features, device=device) if uniform_dropout is None else uniform_dropout
+            dropout = dropout_mask(uniform, self.config.drop_rate)
+        return Draws(keep, dropout)
+
+    def forward(self, x: Tensor, draws: Draws | None = None) -> Tensor:
+        """Logits; `draws` fixes the random masks in training and is ignored in evaluation."""
+        if not self.training:
+            draws = Draws()
+        elif draws is None:
+            draws = self.draws(len(x))
+        # gamma multiplies the pooled vector, not the map: (N, C, H, W) -> (N, C)
+        pooled = mean_pixels(self._features(x, draws.keep))
+        if self.final_fc is not None:
+            pooled = self.act(self.final_fc(pooled.to(self.final_fc.weight.dtype)))
+        pooled = pooled * self.gamma
+        if draws.dropout is not None:
+            pooled = pooled * draws.dropout
+        return at_least_float32(self.fc(pooled.to(self.fc.weight.dtype)))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last feature map, whose mean over pixels goes to the classifier: (N, num_features, H / 32, W / 32).
+
+        It is activated and has its gain gamma. With `final="fc"` it is the plain map behind the last block.
+        """
+        keep = self.draws(len(x)).keep if self.training else None
+        maps = self._features(x, keep)
+        return maps if self.final_fc is not None else maps * self.gamma
+
+    def _features(self, x: Tensor, keep: Tensor | None) -> Tensor:
+        x = self._run_stem(x)
+        for i in range(len(self.blocks)):
+            x = self._run_block(i, x, keep)
+        if self.final_fc is not None:
+            return x
+        if self.final_conv is not None:
+            x = self.final_conv(x)
+        return self._activate(self.final_norm, x)
+
+    def _run_stem(self, x: Tensor) -> Tensor:
+        if self.config.stem == "dct":
+            x = block_dct(x, _DCT)
+        for i, conv in enumerate(self.stem):
+            x = conv(self._activate(self.stem_norms[i - 1] if self.stem_norms else None, x) if i else x)
+        return max_pool_same(x) if self.config.stem == "pool" else x
+
+    def _run_block(self, i: int, x: Tensor, keep: Tensor | None) -> Tensor:
+        out: Tensor = self.blocks[i](x, None if keep is None or self.depth_rates[i] == 0.0 else keep[:, i])
+        return out
+
+    def _activate(self, norm: nn.Module | None, x: Tensor) -> Tensor:
+        return self.act(x if norm is None else norm(x))
+
+    @property
+    def feature_info(self) -> tuple[FeatureInfo, ...]:
+        """Of each stage: what `forward_intermediates` returns."""
+        infos, stride = [], _stem_stride(self.config)
+        for stage, (width, step) in enumerate(zip(self.config.widths, _strides(self.config), strict=True)):
+            stride *= step
+            infos.append(FeatureInfo(f"stage{stage}", width, min(stride, self.config.output_stride)))
+        return tuple(infos)
+
+    def forward_intermediates(
+        self, x: Tensor, indices: int | Sequence[int] | None = None, activated: bool = True
+    ) -> list[Tensor]:
+        """Maps behind the stages, for detection and segmentation; `feature_info` says their channels and strides.
+
+        Args:
+            x: (N, in_chans, H, W).
+            indices: stages, from 0, or from -1 at the end; a number n means the last n; None means all.
+            activated: with the activation, gamma and 1/beta, as the convolutions of the next stage see them, so that
+                each has a variance near 1; otherwise the residual stream itself. A last stage with a final
+                convolution behind it, and batch norm, has the activation alone.
+
+        Returns:
+            [(N, C, ceil(H / stride), ceil(W / stride)), ...] in the order of the indices.
+
+        Raises:
+            UserError: there is no such stage.
+        """
+        wanted = self._stage_indices(indices)
+        keep = self.draws(len(x)).keep if self.training else None
+        x = self._run_stem(x)
+        maps: dict[int, Tensor] = {}
+        ends = list(accumulate(self.config.depths))
+        for i in range(ends[max(wanted)] if wanted else 0):
+            x = self._run_block(i, x, keep)
+            stage = ends.index(i + 1) if i + 1 in ends else None
+            if stage in wanted:
+                maps[stage] = self._seen_behind(i + 1, x) if activated else x
+        return [maps[stage] for stage in wanted]
+
+    def _stage_indices(self, indices: int | Sequence[int] | None) -> list[int]:
+        n = len(self.config.widths)
+        if isinstance(indices, int):
+            wanted = list(range(n - indices, n)) if 0 < indices <= n else [n]
+        else:
+            wanted = list(range(n)) if indices is None else list(indices)
+        if any(not -n <= i < n for i in wanted):
+            raise UserError(f"the network has the stages 0 to {n - 1}, not {indices}")
+        return [i % n for i in wanted]
+
+    def _seen_behind(self, blocks: int, x: Tensor) -> Tensor:
+        """The map behind so many blocks, activated and brought to the variance that the next convolutions expect."""
+        if self.config.norm == "batch":
+            behind = cast(Block, self.blocks[blocks]).norm0 if blocks < len(self.blocks) else None
+            if blocks == len(self.blocks) and self.final_conv is None:
+                behind = self.final_norm
+            return self._activate(behind, x)
+        beta = block_input_std((*self.config.depths, 1), self.config.alpha)[blocks]
+        if self.config.beta_first:
+            return self.act(x / beta) * self.gamma
+        return self.act(x) * (self.gamma / beta)
+
+
+def _stem_stride(config: NetworkConfig) -> int:
+    if config.stem == "dct":
+        return _DCT
+    return math.prod(config.stem_strides) * (2 if config.stem == "pool" else 1)
+
+
+def _strides(config: NetworkConfig) -> tuple[int, ...]:
+    """Of each stage. The DCT stem halves once more than the others, so the first stage that would stride does not."""
+    strides = list(config.strides)
+    if config.stem == "dct":
+        first = next((i for i, s in enumerate(strides) if s > 1), None)
+        if first is not None:
+            strides[first] = 1
+    return tuple(strides)
+
+
+def places(config: NetworkConfig) -> Iterator[Place]:
+    """Where each block stands."""
+    betas = iter(block_input_std(config.depths, config.alpha))
+    chans, reached, dilation = config.stem_widths[-1], _stem_stride(config), 1
+    for stage, (width, depth, stride) in enumerate(zip(config.widths, config.depths, _strides(config), strict=True)):
+        for index in range(depth):
+            step = stride if index == 0 else 1
+            dense = step > 1 and reached * step > config.output_stride
+            first = stage == index == 0
+            yield Place(chans, width, stage, first, next(betas), step, dilation, dense)
+            if dense:
+                dilation *= step
+            else:
+                reached *= step
+            chans = width
