@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from normfree.models.families import NetworkConfig
-from normfree.nn.conv import SameConv2d, WSConv2d
+from normfree.nn.conv import Padding, SameConv2d, WSConv2d
 from normfree.nn.layers import SqueezeExcite, at_least_float32, avg_pool_dense, avg_pool_same
 from normfree.nn.signal import activation
 
@@ -40,10 +41,12 @@ class Place:
 def convolution(config: NetworkConfig, scale: float) -> Callable[..., SameConv2d]:
     """What makes the convolutions of a network: weight-standardised with a factor, or plain before batch norm."""
 
-    def make(in_chans: int, out_chans: int, kernel: int, **options: int) -> SameConv2d:
+    def make(in_chans: int, out_chans: int, kernel: int, dilation: int = 1, **options: int) -> SameConv2d:
+        padding: Padding = "same" if config.padding == "same" else kernel // 2 * dilation
+        chosen: dict[str, Any] = {"padding": padding, "dilation": dilation, **options}
         if config.norm == "batch":
-            return SameConv2d(in_chans, out_chans, kernel, bias=False, **options)
-        return WSConv2d(in_chans, out_chans, kernel, scale=scale, eps=config.ws_eps, **options)
+            return SameConv2d(in_chans, out_chans, kernel, bias=False, **chosen)
+        return WSConv2d(in_chans, out_chans, kernel, scale=scale, eps=config.ws_eps, **chosen)
 
     return make
 
@@ -105,8 +108,7 @@ class Block(nn.Module):
         seen = out if config.squeeze == "out" else width
         hidden = max(1, int(gated * config.se_ratio))
         self.squeeze_excite = SqueezeExcite(seen, hidden, gated) if config.squeeze != "none" else None
-        # twice the sigmoid keeps the variance; batch norm needs neither that nor alpha and SkipInit
-        self.twice = 2.0 if free and config.squeeze != "none" else 1.0
+        self.twice = 2.0 if free else 1.0  # twice the sigmoid keeps the variance; batch norm does so itself
         self.alpha = config.alpha
         # one element, since sharding refuses scalars
         self.skip_gain = nn.Parameter(torch.full((1,), config.skip_init)) if free else None
@@ -122,34 +124,34 @@ class Block(nn.Module):
         out = self.activate(x)
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(self._pool(out))
         out, gate = self.branch(out)
-        if keep is not None:
-            gate = keep[:, None] if gate is None else gate * keep[:, None]
+        gain = None if self.skip_gain is None else self.alpha * at_least_float32(self.skip_gain)[None]  # (1, 1)
+        for factor in (gain, None if keep is None else keep[:, None]):
+            if factor is not None:
+                gate = factor if gate is None else gate * factor
         if gate is None:
             return shortcut + out
         return torch.addcmul(shortcut, out, gate.to(out.dtype)[:, :, None, None])
 
     def branch(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The residual branch f of an activated map, and what it is to be multiplied with, (N or 1, C or 1)."""
+        """The residual branch f of an activated map, and the gate (N, C) that belongs on it, if it has one."""
+        gate = None
         out = self.conv1(self._between(self.norm1, self.conv0(out)))
         if self.conv1b is not None:
             out = self.conv1b(self._between(self.norm1b, out))
         if self.squeeze == "inner":
-            assert self.squeeze_excite is not None
-            out = out * (self.twice * self.squeeze_excite(out)).to(out.dtype)[:, :, None, None]
+            out = out * self._gate(out).to(out.dtype)[:, :, None, None]
         out = self._between(self.norm2, out)
-        gate = None
         if self.squeeze == "straddle":
-            assert self.squeeze_excite is not None
-            gate = self.squeeze_excite(out, self.gamma)
+            gate = self._gate(out, self.gamma)
         out = self.conv2(out)
         if self.squeeze == "out":
-            assert self.squeeze_excite is not None
-            gate = self.squeeze_excite(out)
-        if self.skip_gain is None:
-            return out, gate
-        twice = 1.0 if gate is None else self.twice
-        gain = twice * self.alpha * at_least_float32(self.skip_gain)
-        return out, gain[None] if gate is None else gate * gain
+            gate = self._gate(out)
+        return out, gate
+
+    def _gate(self, seen: Tensor, scale: float = 1.0) -> Tensor:
+        assert self.squeeze_excite is not None
+        gate: Tensor = self.twice * self.squeeze_excite(seen, scale)
+        return gate
 
     def _between(self, norm: nn.Module | None, x: Tensor) -> Tensor:
         return self.act(x if norm is None else norm(x))

@@ -15,6 +15,7 @@ _CHOICES = {
     "norm": ("none", "batch"),
     "activation": tuple(ACTIVATIONS),
     "output_stride": (8, 16, 32),
+    "padding": ("same", "symmetric"),
 }
 _PER_STAGE = ("depths", "strides", "group_width", "expansion", "expand_from")
 
@@ -62,6 +63,7 @@ class NetworkConfig:
     final_width: int = 3072
     classifier_std: float = 0.01  # of its initial weights; 0 as in NF-RegNet (E)
     ws_eps: float = 1e-4  # floor of variance times fan-in in weight standardization
+    padding: str = "same"  # TensorFlow's, as in the authors' code, or "symmetric"
     output_stride: int = 32  # at 8 or 16 the last stages dilate instead of striding
     num_classes: int = 1000
     in_chans: int = 3
@@ -247,9 +249,37 @@ def _small() -> dict[str, NetworkConfig]:
     return {"nfnet_tiny": tiny, "nfnet_small": small}
 
 
+def _timm() -> dict[str, NetworkConfig]:
+    """Two networks of timm's own for which it has weights; they differ from the authors' of that name."""
+    f0 = NFNETS["nfnet_f0"]
+    return {
+        "timm_nfnet_l0": replace(
+            f0,
+            train_size=224,
+            test_size=288,
+            magnitude=0,
+            group_width=(64,),
+            expansion=(0.25,),
+            se_ratio=0.25,
+            activation="silu",
+            final_width=2304,
+            skip_init=1.0,
+            padding="symmetric",
+        ),
+        "timm_nf_resnet50": replace(
+            RESNETS["nf_resnet50"],
+            train_size=256,
+            test_size=288,
+            shortcut="pool",
+            skip_init=1.0,
+            padding="symmetric",
+        ),
+    }
+
+
 NFNETS = _nfnets()
 RESNETS = _resnets()
 REGNETS = {f"nf_regnet_b{n}": regnet_config(*row) for n, row in enumerate(_REGNET_ROWS)}
 
 # Every name that `create_model` knows. A plain table, walked by one test.
-MODELS: dict[str, NetworkConfig] = {**NFNETS, **RESNETS, **REGNETS, **_bn_twins(), **_ladder(), **_small()}
+MODELS: dict[str, NetworkConfig] = {**NFNETS, **RESNETS, **REGNETS, **_bn_twins(), **_ladder(), **_timm(), **_small()}

@@ -12,6 +12,7 @@ from itertools import accumulate
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfree.config import UserError
@@ -140,7 +141,9 @@ class Network(nn.Module):
             x = block_dct(x, _DCT)
         for i, conv in enumerate(self.stem):
             x = conv(self._activate(self.stem_norms[i - 1] if self.stem_norms else None, x) if i else x)
-        return max_pool_same(x) if self.config.stem == "pool" else x
+        if self.config.stem != "pool":
+            return x
+        return max_pool_same(x) if self.config.padding == "same" else F.max_pool2d(x, 3, 2, 1)
 
     def _run_block(self, i: int, x: Tensor, keep: Tensor | None) -> Tensor:
         out: Tensor = self.blocks[i](x, None if keep is None or self.depth_rates[i] == 0.0 else keep[:, i])
