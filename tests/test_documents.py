@@ -6,6 +6,8 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 import normfree
 from normfree.cli import COMMANDS
 from normfree.cli.train import _SECTIONS
@@ -20,12 +22,14 @@ def test_the_readme_names_every_command_and_no_other() -> None:
     assert named == set(COMMANDS)
 
 
-def test_the_readmes_code_runs() -> None:
-    """The example of the library, word for word but with a smaller network."""
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)
-    assert code is not None
-    text = code.group(1).replace("nfnet_f0", "nfnet_tiny")
-    exec(compile(text, "README.md", "exec"), {})
+def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The examples of the library, word for word but with a smaller network, and its weights under the name of F0's."""
+    monkeypatch.chdir(tmp_path)
+    normfree.export_weights(normfree.create_model("nfnet_tiny"), "F0_haiku.npz", "authors")
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2
+    for text in blocks:
+        exec(compile(text.replace("nfnet_f0", "nfnet_tiny"), "README.md", "exec"), {})
 
 
 def test_the_public_names_are_there() -> None:
@@ -34,6 +38,10 @@ def test_the_public_names_are_there() -> None:
         "list_models",
         "create_model",
         "load_weights",
+        "save_weights",
+        "export_weights",
+        "fold",
+        "convert",
         "param_groups",
         "clip_grad_agc_",
         "EMA",

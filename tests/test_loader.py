@@ -280,7 +280,7 @@ def test_evaluation_prepares_every_image(source: FolderSource) -> None:
         assert batch.images.dtype == torch.uint8
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
         for slot in torch.nonzero(batch.valid).flatten().tolist():
-            expected: NDArray[np.uint8] = STILL(source.read(7 * b + slot))
+            expected: NDArray[np.uint8] = STILL.pixels(source.read(7 * b + slot))
             assert np.array_equal(batch.images[slot].permute(1, 2, 0).numpy(), expected)
 
 

@@ -11,15 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from normfree import data, models, nn, optim
-    from normfree.models import create_model, list_models, load_weights
+    from normfree.models import convert, create_model, export_weights, fold, list_models, load_weights, save_weights
     from normfree.optim import EMA, WarmupCosine, clip_grad_agc_, param_groups
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "convert": "models",
     "create_model": "models",
+    "export_weights": "models",
+    "fold": "models",
     "list_models": "models",
     "load_weights": "models",
+    "save_weights": "models",
     "EMA": "optim",
     "WarmupCosine": "optim",
     "clip_grad_agc_": "optim",
@@ -31,14 +35,18 @@ __all__ = [
     "EMA",
     "WarmupCosine",
     "clip_grad_agc_",
+    "convert",
     "create_model",
     "data",
+    "export_weights",
+    "fold",
     "list_models",
     "load_weights",
     "models",
     "nn",
     "optim",
     "param_groups",
+    "save_weights",
 ]
 
 

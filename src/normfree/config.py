@@ -32,6 +32,9 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The network."""
@@ -40,6 +43,8 @@ class ModelConfig:
     drop_rate: float | None = None  # dropout before the classifier; the variant's if None
     stochastic_depth: float | None = None  # rate of the last block; the variant's if None
     skip_init: float | None = None  # where SkipInit starts: 0 in the paper; 1 suits short runs; the variant's if None
+    weights: str | None = None  # to start from: a file, an address, "hub" or "authors"; random if None
+    options: tuple[str, ...] = ()  # other fields of normfree.models.NetworkConfig: squeeze=straddle stem=dct ...
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,8 @@ class DataConfig:
     flip: bool  # half of the training images are mirrored
     eval_crop: str  # "center": a centred square, resized; "squash": both sides resized; "pad": all of it, with borders
     margin: int  # pixels cut off around ("center", "squash": in all; "pad": the border on each side)
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of RGB in [0, 1], ImageNet's
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, float, float] = IMAGENET_MEAN  # of RGB in [0, 1], ImageNet's
+    std: tuple[float, float, float] = IMAGENET_STD
     validation: float = 0.2  # share of a folder without a val/ that is held out
     workers: int = 0  # loader processes; 0 loads in this one
     bad_images: float = 0.05  # the run stops when more than this share cannot be read

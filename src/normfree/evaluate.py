@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normfree.config import UserError
+from normfree.config import IMAGENET_MEAN, IMAGENET_STD, UserError
 from normfree.data.crop import Preprocessing
 from normfree.data.loader import eval_batches
 from normfree.data.sources import Source
+from normfree.models import model_config
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,27 @@ class Outputs:
     labels: Tensor
     indices: Tensor
     bad: list[tuple[int, str]]
+
+
+def published_preprocessing(name: str, size: int | None = None) -> Preprocessing:
+    """How images are prepared for published weights: as their authors did, at the test size of the model or another.
+
+    The NFNets: both sides to size + 32, whatever the aspect, and the centre (A.1). NF-ResNets, NF-RegNets and the
+    batch-norm twins: the centred square. Neither is antialiased. timm's own networks as timm evaluates them.
+    """
+    size = model_config(name).test_size if size is None else size
+    if name.startswith("timm_"):
+        crop, margin, antialias = "center", {"timm_nf_resnet50": 18}.get(name, 0), True
+    else:
+        crop, margin, antialias = "squash" if name.startswith(("nfnet", "bn_nfnet")) else "center", 32, False
+    return Preprocessing(size, crop, margin, IMAGENET_MEAN, IMAGENET_STD, antialias)
+
+
+def sample_images(source: Source, preprocessing: Preprocessing, n: int) -> Tensor:
+    """The first n of the images, evenly spread over the source, that can be read: (n, 3, S, S), normalised."""
+    spread = source.subset(np.unique(np.linspace(0, len(source) - 1, min(2 * n, len(source))).astype(np.int64)))
+    batch = next(iter(eval_batches(spread, preprocessing, len(spread))))
+    return preprocessing.normalize(batch.images[batch.valid][:n])
 
 
 class Interrupted(Exception):

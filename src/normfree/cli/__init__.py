@@ -14,7 +14,8 @@ COMMANDS = {
     "evaluate": "score weights on labelled images",
     "predict": "label image files",
     "data": "make a sample set of images",
-    "list": "the networks by name",
+    "list": "the networks by name, and what they cost",
+    "study": "measure again what the paper claims",
     "doctor": "check this machine",
 }
 

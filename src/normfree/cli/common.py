@@ -17,8 +17,10 @@ from rich.table import Table
 
 from normfree.config import Run, UserError, from_dict, suggestion
 from normfree.data.crop import Preprocessing
-from normfree.models import MODELS, Network
-from normfree.models.weights import load_model
+from normfree.evaluate import published_preprocessing
+from normfree.models import MODELS, Network, model_config
+from normfree.models.download import PUBLISHED, find_weights
+from normfree.models.weights import is_ours, load_model, network_for
 from normfree.train.loop import weights_path
 from normfree.train.record import RunFolder
 
@@ -32,7 +34,10 @@ def parse(kind: type[T], command: str, arguments: Sequence[str]) -> T:
 
 @dataclass(frozen=True)
 class Trained:
-    """A network with what is stored beside its weights; run, where the weights belong to a run folder."""
+    """A network with what is stored beside its weights; run, where the weights belong to a run folder.
+
+    classes is empty where no names are stored: then the classifier's outputs go by number.
+    """
 
     model: Network
     name: str
@@ -43,8 +48,14 @@ class Trained:
     run: Run | None = None
 
 
-def load_trained(target: str, weights: Path | None) -> Trained:
+_PUBLISHED_BATCH = 50  # as the authors evaluate
+
+
+def load_trained(target: str, weights: str | None) -> Trained:
     """The network that `target` means: a run folder, a weights file, or a model's name with `weights`.
+
+    Weights are a file of ours or, with a model's name, one of the authors or of timm; an address; or "hub" or
+    "authors" for those that are published.
 
     Raises:
         UserError: neither a run folder, nor a file, nor a name; or a name without weights.
@@ -52,8 +63,10 @@ def load_trained(target: str, weights: Path | None) -> Trained:
     path = Path(target)
     if path.is_dir():
         folder, run = RunFolder.open(path)
-        return _load(weights or weights_path(folder), folder, run)
+        return _load(Path(weights) if weights else weights_path(folder), folder, run)
     if path.is_file():
+        if weights is not None:
+            raise UserError(f"{target} is a file of weights already; --weights goes with a model's name")
         return _load(path)
     if target not in MODELS:
         if os.sep in target or "/" in target:
@@ -61,14 +74,21 @@ def load_trained(target: str, weights: Path | None) -> Trained:
         hint = suggestion(target, MODELS) or "; `normfree list` shows them"
         raise UserError(f"{target!r} is neither a run folder nor a model{hint}")
     if weights is None:
-        raise UserError(f"{target} needs --weights FILE")
-    found = _load(weights)
+        has = ", or --weights hub to download those published" if target in PUBLISHED else ""
+        raise UserError(f"{target} needs --weights FILE{has}")
+    file = find_weights(target, weights)
+    if not is_ours(file):
+        model = network_for(model_config(target), file)
+        return Trained(model, target, (), published_preprocessing(target), _PUBLISHED_BATCH)
+    found = _load(file)
     if found.name != target:
         raise UserError(f"{weights} has the weights of {found.name}, not of {target}")
     return found
 
 
 def _load(path: Path, folder: RunFolder | None = None, run: Run | None = None) -> Trained:
+    if path.exists() and not is_ours(path):
+        raise UserError(f"{path} is not of this program; name its model: normfree evaluate MODEL --weights {path}")
     model, about = load_model(path)
     try:
         preprocessing = from_dict(Preprocessing, about["preprocessing"], f"{path}: preprocessing")
@@ -92,10 +112,10 @@ def check_device(device: str | None) -> None:
 
 
 def show(table: Table) -> None:
-    """Print a table, in full where the output is no terminal."""
+    """Print a table in full, even where the output is no terminal or a narrow one."""
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, console.measure(table).maximum)
+    needed = Console(width=10_000).measure(table).maximum
+    console.width = max(console.width, needed)
     console.print(table)
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
 
 import tyro
 
 from normfree.cli.common import Trained, check_device, load_trained, parse, warn
 from normfree.config import UserError
+from normfree.data.crop import Preprocessing
 from normfree.data.sources import Source, open_validation
 from normfree.evaluate import infer, score
 from normfree.recipes.choose import device
@@ -22,14 +22,18 @@ from normfree.train.record import validation_source
 @dataclass
 class _Data:
     root: str | None = None  # labelled images: CLASS/IMAGES, or its val/; the run's own validation images if not given
+    test_size: int | None = None  # side of the images that the network sees, in pixels
+    eval_crop: str | None = None  # "center", "squash" or "pad"
+    margin: int | None = None  # pixels cut off around
+    antialias: bool | None = None  # of the resizing; the published NFNets are evaluated without
 
 
 @dataclass
 class _Arguments:
-    """Score weights on labelled images."""
+    """Score weights on labelled images, prepared as is stored with them, or as is published for them."""
 
     target: Annotated[str, tyro.conf.Positional]  # a run folder, a weights file, or a model's name with --weights
-    weights: Path | None = None  # a safetensors file
+    weights: str | None = None  # a file (ours, the authors' .npz, timm's), an address, "hub" or "authors"
     data: _Data = field(default_factory=_Data)
     device: str | None = None  # "cpu" or "cuda"
     json: bool = False  # print one JSON object; accuracies are fractions of 1
@@ -40,9 +44,10 @@ def run(arguments: Sequence[str]) -> int:
     args = parse(_Arguments, "evaluate", arguments)
     check_device(args.device)
     trained = load_trained(args.target, args.weights)
+    preprocessing = _preprocessing(trained.preprocessing, args.data)
     source = _source(trained, args.data.root)
     model = trained.model.to(args.device or device()[0])
-    outputs = infer(model, source, trained.preprocessing, trained.batch_size)
+    outputs = infer(model, source, preprocessing, trained.batch_size)
     for index, reason in outputs.bad:
         warn(f"not counted: {source.name(index)}: {reason}")
     scores = score(outputs)
@@ -54,9 +59,24 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _preprocessing(stored: Preprocessing, data: _Data) -> Preprocessing:
+    """What is stored, but for what is given."""
+    given: dict[str, Any] = {
+        "size": data.test_size,
+        "crop": data.eval_crop,
+        "margin": data.margin,
+        "antialias": data.antialias,
+    }
+    return replace(stored, **{name: value for name, value in given.items() if value is not None})
+
+
 def _source(trained: Trained, root: str | None) -> Source:
     if root is not None:
-        return open_validation(root, trained.classes)
+        source = open_validation(root, trained.classes)
+        outputs = trained.model.config.num_classes
+        if not trained.classes and len(source.classes) != outputs:
+            raise UserError(f"{root} has {len(source.classes)} classes, {trained.name} {outputs} outputs without names")
+        return source
     if trained.folder is None or trained.run is None:
         raise UserError("name the labelled images with --data.root DIR")
     return validation_source(trained.folder, trained.run, trained.classes)

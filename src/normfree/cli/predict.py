@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -23,7 +22,7 @@ class _Arguments:
 
     target: Annotated[str, tyro.conf.Positional]  # a run folder, a weights file, or a model's name with --weights
     paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE|DIR...")]  # files, folders
-    weights: Path | None = None  # a safetensors file
+    weights: str | None = None  # a file (ours, the authors' .npz, timm's), an address, "hub" or "authors"
     device: str | None = None  # "cpu" or "cuda"
     json: bool = False  # print one JSON list; probabilities are fractions of 1
 
@@ -38,7 +37,8 @@ def run(arguments: Sequence[str]) -> int:
     trained = load_trained(args.target, args.weights)
     images = find_images(args.paths)
     model = trained.model.to(args.device or device()[0])
-    rows, bad = predict(model, images, trained.classes, trained.preprocessing, trained.batch_size)
+    classes = trained.classes or tuple(str(i) for i in range(model.config.num_classes))
+    rows, bad = predict(model, images, classes, trained.preprocessing, trained.batch_size)
     if args.json:
         print(json.dumps(rows))
     elif rows:

@@ -28,7 +28,7 @@ from normfree.models import model_config
 from normfree.recipes import RECIPES
 from normfree.runlog import Screen, duration, percent
 from normfree.train.finish import finish
-from normfree.train.loop import Job, Stopped, begin, check_run, fit, held_out, prepare, resume
+from normfree.train.loop import Job, State, Stopped, begin, check_run, fit, held_out, prepare, resume
 from normfree.train.record import RunFolder, conflicts, free_folder, newest_run
 
 RUNS = Path("runs")
@@ -69,7 +69,7 @@ def run(arguments: Sequence[str]) -> int:
     job = _reopen(args, given, screen) if args.resume else _begin(args, given, screen)
     again = f"normfree train --run-dir {job.folder.path} --resume"
     try:
-        state = resume(job) if args.resume else begin(job)
+        state = resume(job) if args.resume else _start(job, given)
         screen.say(
             f"{len(job.train)} training and {len(job.val)} validation images of {len(job.train.classes)} classes; "
             f"{job.total} steps; writing to {job.folder.path}"
@@ -119,9 +119,16 @@ def _begin(args: Any, given: Given, screen: Screen) -> Job:
         raise UserError(f"the run folder {path} would lie among the images in {root}; choose --run-dir elsewhere")
     for setting, value, why in given.chosen:
         screen.say(f"{setting:<18} {_short(value):<14} {why}")
-    folder = RunFolder.create(path, settings, given.chosen)
-    held_out(folder, train, val)
-    return prepare(settings, folder, train, val, screen)
+    RunFolder.check_free(path)
+    return prepare(settings, RunFolder(path), train, val, screen)
+
+
+def _start(job: Job, given: Given) -> State:
+    """Make the folder of a new run, once its weights are loaded."""
+    state = begin(job)
+    RunFolder.create(job.folder.path, job.run, given.chosen)
+    held_out(job.folder, job.train, job.val)
+    return state
 
 
 def _reopen(args: Any, given: Given, screen: Screen) -> Job:

@@ -1,6 +1,7 @@
-"""Crops: from an image of any size to a square of uint8, for training and for evaluation.
+"""Crops: from an image of any size to a square, for training and for evaluation.
 
-Boxes are (left, top, right, bottom) in pixels of the image. Resizing is Pillow's bicubic, antialiased.
+Boxes are (left, top, right, bottom) in pixels of the image. Resizing is Pillow's bicubic, antialiased, to uint8; or for
+evaluation as published TensorFlow's, not antialiased, to float32.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from normfree.config import EVAL_CROPS, TRAIN_CROPS, UserError
+from normfree.data.resize import resize_bicubic
 
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 _TRIES = 10
@@ -28,6 +30,7 @@ class Preprocessing:
     crop: "center" takes the centred square of size / (size + margin) of the short side and resizes it;
         "squash" resizes both sides to size + margin, whatever the aspect, and cuts the centre (A.1 of the paper);
         "pad" resizes the long side to size - 2 margin and puts the image in the middle of black.
+    antialias: False takes pixels as the authors' evaluation did, in float32 and unclipped; not for "pad".
     """
 
     size: int
@@ -35,15 +38,22 @@ class Preprocessing:
     margin: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    antialias: bool = True
 
     def __post_init__(self) -> None:
+        if not self.antialias and self.crop == "pad":
+            raise UserError('the crop "pad" is always antialiased')
         if self.crop not in EVAL_CROPS:
             raise UserError(f"unknown crop {self.crop!r}; choose from {', '.join(EVAL_CROPS)}")
         if self.size < 1 or self.margin < 0 or (self.crop == "pad" and 2 * self.margin >= self.size):
             raise UserError(f"size {self.size} with margin {self.margin} leaves no pixels")
 
-    def __call__(self, image: Pixels) -> Pixels:
-        """(H, W, 3) -> (size, size, 3)."""
+    def __call__(self, image: Pixels) -> Pixels | NDArray[np.float32]:
+        """(H, W, 3) -> (size, size, 3): uint8, or float32 in the same range where nothing is antialiased."""
+        return self.pixels(image) if self.antialias else self._published(image)
+
+    def pixels(self, image: Pixels) -> Pixels:
+        """The same crop, antialiased, in uint8."""
         if self.crop == "pad":
             return _pad(image, self.size, self.size - 2 * self.margin)
         if self.crop == "squash":
@@ -52,11 +62,22 @@ class Preprocessing:
             return whole[start : start + self.size, start : start + self.size]
         return _resize(image, _center_box(image, self.size / (self.size + self.margin)), self.size)
 
+    def _published(self, image: Pixels) -> NDArray[np.float32]:
+        """As the authors' input pipeline: of an odd margin the larger half is cut off at the top and left."""
+        size, whole = self.size, self.size + self.margin
+        if self.crop == "squash":
+            start = (self.margin + 1) // 2
+            return resize_bicubic(image, whole, whole)[start : start + size, start : start + size]
+        height, width = image.shape[:2]
+        side = max(1, min(height, width) * size // whole)
+        top, left = (height - side + 1) // 2, (width - side + 1) // 2
+        return resize_bicubic(image[top : top + side, left : left + side], size, size)
+
     def normalize(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """uint8 (N, 3, H, W) -> (x / 255 - mean) / std on the same device, in float32 and then `dtype`."""
+        """uint8 or float (N, 3, H, W) -> (x / 255 - mean) / std on the same device, in float32 and then `dtype`."""
         mean = torch.tensor(self.mean, device=images.device).mul_(255)[:, None, None]
         std = torch.tensor(self.std, device=images.device).mul_(255)[:, None, None]
-        return images.float().sub_(mean).div_(std).to(dtype)
+        return images.float().sub(mean).div_(std).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -86,7 +107,7 @@ class TrainCrop:
         """(H, W, 3), uniform numbers (DRAWS,) -> (size, size, 3)."""
         flip, numbers = self.flip and draws[0] < 0.5, draws[1:]
         if self.kind == "shift":
-            out = self._moved(self.still(image), numbers)
+            out = self._moved(self.still.pixels(image), numbers)
         else:
             box = distorted_box(image.shape[1], image.shape[0], self.min_area, numbers)
             out = _resize(image, box, self.size)

@@ -1,4 +1,4 @@
-"""Batches of uint8: the endless training stream, and evaluation in batches of one shape.
+"""Batches of images: the endless training stream, and evaluation in batches of one shape.
 
 Workers only read, decode and crop. What they deliver depends on the position in the stream and nothing else.
 """
@@ -27,8 +27,10 @@ from normfree.random import Purpose
 
 
 class Batch(NamedTuple):
-    """images (N, 3, S, S) uint8, channels last in memory; labels (N,) int64; valid (N,) bool, False where an image of
-    an evaluation is padding or broken; bad, the (index, reason) of every image that could not be read.
+    """images (N, 3, S, S) uint8, channels last in memory; float32 for an evaluation without antialiasing.
+
+    labels (N,) int64; valid (N,) bool, False where an image of an evaluation is padding or broken; bad, the (index,
+    reason) of every image that could not be read.
     """
 
     images: Tensor
@@ -86,7 +88,7 @@ class _EvalBatches(Dataset[Batch]):
 
     def __getitem__(self, b: int) -> Batch:
         size = self.preprocessing.size
-        images = np.zeros((self.batch_size, size, size, 3), np.uint8)
+        images = np.zeros((self.batch_size, size, size, 3), np.uint8 if self.preprocessing.antialias else np.float32)
         labels, valid = np.zeros(self.batch_size, np.int64), np.zeros(self.batch_size, bool)
         bad: list[tuple[int, str]] = []
         start = b * self.batch_size
@@ -100,7 +102,7 @@ class _EvalBatches(Dataset[Batch]):
 
 
 def _batch(
-    images: NDArray[np.uint8], labels: NDArray[np.int64], valid: NDArray[np.bool_], bad: list[tuple[int, str]]
+    images: NDArray[Any], labels: NDArray[np.int64], valid: NDArray[np.bool_], bad: list[tuple[int, str]]
 ) -> Batch:
     # (N, H, W, C) in memory is NCHW with channels last
     return Batch(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels), torch.from_numpy(valid), bad)

@@ -146,10 +146,14 @@ def open_data(root: str, validation: float) -> tuple[Source, Source]:
 
 
 def open_validation(root: str, classes: tuple[str, ...]) -> Source:
-    """What to evaluate on, below a root: its val/ if there is one, else all of it; labels index the given classes."""
+    """What to evaluate on, below a root: its val/ if there is one, else all of it.
+
+    Labels index the given classes or, where no names are given, the sorted names of the folders.
+    """
     path = Path(root).expanduser()
     train_name, val_name = _halves(path)
-    return with_classes(open_folder(path / (val_name or train_name or ""), single_class=True), classes)
+    found = open_folder(path / (val_name or train_name or ""), single_class=True)
+    return with_classes(found, classes) if classes else found
 
 
 def training_folder(root: Path) -> Path:

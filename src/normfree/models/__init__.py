@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 from normfree.config import UserError, from_dict
+from normfree.models.convert import convert
+from normfree.models.download import find_weights
 from normfree.models.families import MODELS, NetworkConfig
+from normfree.models.fold import fold
 from normfree.models.network import FeatureInfo, Network
-from normfree.models.weights import load_weights
+from normfree.models.weights import export_weights, load_weights, save_weights
 
 __all__ = [
     "MODELS",
     "FeatureInfo",
     "Network",
     "NetworkConfig",
+    "convert",
     "create_model",
+    "export_weights",
+    "fold",
     "list_models",
     "load_weights",
     "model_config",
+    "save_weights",
 ]
 
 
@@ -49,9 +58,10 @@ def create_model(
     drop_rate: float | None = None,
     stochastic_depth: float | None = None,
     skip_init: float | None = None,
+    pretrained: bool | str | Path = False,
     **options: Any,
 ) -> Network:
-    """A new network with random weights from torch's generator.
+    """A new network, with random weights from torch's generator or with published ones.
 
     Args:
         name: one of `list_models()`.
@@ -61,6 +71,8 @@ def create_model(
         stochastic_depth: rate of the last block, in [0, 1), growing linearly from 0; None takes the variant's.
         skip_init: where the gain of each residual branch starts; None takes the variant's, 0 in the paper. From 0 a
             branch needs hundreds of steps to wake, so 1 suits short runs.
+        pretrained: True fetches published weights from the Hub, "authors" the file that the authors published; or a
+            path or URL of a file that `load_weights` reads. With another number of classes the classifier stays new.
         options: any other field of `NetworkConfig`, such as output_stride=16, activation="silu", or one of the
             options of Appendix E: squeeze="straddle", pointwise_groups=2, group_width=(8, 8, 16, 16), stem="dct".
 
@@ -68,7 +80,7 @@ def create_model(
         a module (N, in_chans, H, W) -> (N, num_classes), in training mode.
 
     Raises:
-        UserError: unknown name or option, or a value out of range.
+        UserError: unknown name or option, a value out of range, or weights that cannot be had or do not fit.
     """
     config = model_config(name)
     if num_classes < 1 or in_chans < 1:
@@ -79,7 +91,10 @@ def create_model(
             raise UserError(f"{key} must be in [0, 1), not {rate}")
     changes = {key: value for key, value in {**rates, "skip_init": skip_init}.items() if value is not None}
     config = replace(config, num_classes=num_classes, in_chans=in_chans, **changes)  # type: ignore[arg-type]
-    return Network(with_options(config, options))
+    model = Network(with_options(config, options))
+    if pretrained:
+        load_weights(model, find_weights(name, pretrained))
+    return model
 
 
 def with_options(config: NetworkConfig, options: dict[str, Any]) -> NetworkConfig:
@@ -93,3 +108,31 @@ def with_options(config: NetworkConfig, options: dict[str, Any]) -> NetworkConfi
         several = isinstance(fields.get(name), tuple) and not isinstance(value, (tuple, list))
         fields[name] = (value,) if several else value
     return from_dict(NetworkConfig, fields, "options")
+
+
+def parse_options(texts: Sequence[str]) -> dict[str, Any]:
+    """Options as they are typed: ["squeeze=straddle", "group_width=8,8,16,16"].
+
+    Raises:
+        UserError: a text without "=".
+    """
+    options: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"{text!r} is not an option: write name=value, such as squeeze=straddle")
+        values = [_typed(v) for v in value.split(",")]
+        options[name.strip().replace("-", "_")] = values if len(values) > 1 else values[0]
+    return options
+
+
+def _typed(text: str) -> Any:
+    text = text.strip()
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

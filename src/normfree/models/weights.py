@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import pickle
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,8 @@ def read_tensors(path: Path) -> State:
     try:
         with open(path, "rb") as f:
             start = f.read(16)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror or e}") from None
     if start.startswith((b"PK\x03\x04", _LEGACY_TORCH)):
@@ -131,8 +133,11 @@ def load_weights(model: nn.Module, path: Path | str) -> Loaded:
     Raises:
         UserError: no such file, no weights, or tensors that are missing, unexpected, misshapen or not finite.
     """
-    path = Path(path)
-    tensors, kind = read_tensors(path), "normfree"
+    return _load(model, read_tensors(Path(path)), Path(path))
+
+
+def _load(model: nn.Module, tensors: State, path: Path) -> Loaded:
+    kind = "normfree"
     names = {n: n for n in model.state_dict()}
     if isinstance(model, Network) and written_by_haiku(tensors):
         kind, names = (
@@ -161,6 +166,30 @@ def load_model(path: Path) -> tuple[Network, dict[str, Any]]:
     return model.eval(), about
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a file is one of `save_weights`, by the mark in its header."""
+    try:
+        with safe_open(path, "pt") as f:
+            return _KEY in (f.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def network_for(config: NetworkConfig, path: Path) -> Network:
+    """A network of that configuration with the weights of a file, and as many classes as the file has.
+
+    Raises:
+        UserError: as `load_weights`.
+    """
+    tensors = read_tensors(path)
+    heads = [t for n, t in tensors.items() if n.endswith(("~/linear/b", "fc.bias")) and "squeeze_excite" not in n]
+    if len(heads) == 1 and heads[0].ndim == 1:
+        config = replace(config, num_classes=max(1, len(heads[0])))
+    model = Network(config)
+    _load(model, tensors, path)
+    return model.eval()
+
+
 def describe(name: str, model: Network) -> dict[str, Any]:
     """The part of `about` from which `load_model` builds the network again."""
     folded = not any("gain" in n and not n.endswith("skip_gain") for n in model.state_dict())
@@ -180,7 +209,7 @@ def _fill(model: nn.Module, tensors: State, names: dict[str, str], path: Path) -
         theirs, own = (len(t["fc.bias"]) for t in ({n: tensors[names[n]] for n in classifier}, wanted))
         warnings.warn(
             f"{path} has a classifier for {theirs} classes, the model for {own}: it keeps its own, untrained",
-            stacklevel=3,
+            stacklevel=4,
         )
         tensors = {n: t for n, t in tensors.items() if n not in {names[c] for c in classifier}}
         names = {ours: n for ours, n in names.items() if ours not in classifier}

@@ -13,7 +13,7 @@ import torch
 from normfree.config import DataConfig, Given, ModelConfig, OptimConfig, Run, TrainConfig, UserError
 from normfree.data.decode import BadImage, image_size
 from normfree.data.sources import FolderSource, Source
-from normfree.models import NetworkConfig, model_config
+from normfree.models import NetworkConfig, model_config, parse_options, with_options
 from normfree.models.count import multiply_adds
 from normfree.optim import WarmupCosine
 from normfree.recipes import choose
@@ -46,15 +46,17 @@ def folder(given: Given, images: Source) -> Run:
     small = facts.side <= 40
     size = given.choose("data.size", *_size(facts, device))
     name = given.choose("model.name", *_model(facts, size, device))
-    config = replace(model_config(name), num_classes=len(facts.classes))
+    options = given.values.get("model.options", ())
+    config = with_options(replace(model_config(name), num_classes=len(facts.classes)), parse_options(options))
     batch = given.choose("train.batch_size", *_batch(facts, config, size, device))
     epochs = given.choose("train.epochs", *_epochs(facts, config, size, device, batch))
-    lr = given.choose("optim.lr", 0.1 * batch / 256, f"0.1 x {batch} / 256 (A.1 of the paper)")
-    optim = _optim(given, facts, lr, batch, epochs)
+    tuned = given.values.get("model.weights") is not None
+    per, source = (2048, "A.5") if tuned else (256, "A.1")  # the paper fine-tunes with an eighth of the rate
+    lr = given.choose("optim.lr", 0.1 * batch / per, f"0.1 x {batch} / {per} ({source} of the paper)")
+    optim = _optim(given, facts, lr, batch, epochs, tuned)
     short = epochs * facts.images / batch < _LONG
-    skip_init = given.choose(
-        "model.skip_init", 1.0 if short else 0.0, "a short run: the residual branches work at once" if short else ""
-    )
+    wakes = "a short run: the residual branches work at once" if short and not tuned else ""
+    skip_init = given.choose("model.skip_init", 1.0 if short else 0.0, wakes)
     flip, why = _flip(facts.classes)
     data = DataConfig(
         root=given.values["data.root"],
@@ -143,11 +145,13 @@ def _epochs(facts: Facts, config: NetworkConfig, size: int, device: str, batch: 
     return epochs, f"{round(epochs * facts.images / batch)} steps"
 
 
-def _optim(given: Given, facts: Facts, lr: float, batch: int, epochs: float) -> OptimConfig:
+def _optim(given: Given, facts: Facts, lr: float, batch: int, epochs: float, tuned: bool) -> OptimConfig:
     warmup = given.choose("optim.warmup", min(5.0, epochs / 10))
     total = max(2, math.floor(epochs * facts.images / batch))
     schedule = WarmupCosine(lr, total, min(warmup * facts.images / batch, total - 1))
     base = OptimConfig(lr=lr, clipping=0.01, warmup=warmup)
+    if tuned:
+        return replace(base, clipping=given.choose("optim.clipping", base.clipping, "the given weights are awake"))
     clipping, steps = choose.clipping_for(schedule, total, base.eps, base.momentum)
     clipping = given.choose("optim.clipping", clipping, f"SkipInit can reach 0.1 in {steps} of {total} steps")
     return replace(base, clipping=clipping)

@@ -17,7 +17,8 @@ from normfree.data.loader import Batch, train_batches
 from normfree.data.sources import FolderSource, Source, fingerprint
 from normfree.evaluate import Interrupted, Scores, infer, score
 from normfree.files import write_json
-from normfree.models import model_config
+from normfree.models import model_config, parse_options, with_options
+from normfree.models.download import find_weights
 from normfree.models.weights import describe, save_weights
 from normfree.runlog import ProgressLine, Screen, duration, percent
 from normfree.train.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
@@ -78,7 +79,7 @@ def check_run(run: Run, images: int) -> None:
         UserError: says which.
     """
     check_ranges(flat(run))
-    model_config(run.model.name)
+    with_options(model_config(run.model.name), parse_options(run.model.options))
     eval_preprocessing(run)
     train_crop(run)
     if run.train.batch_size > images:
@@ -250,7 +251,10 @@ def _save(job: Job, state: State) -> None:
 
 
 def begin(job: Job) -> State:
-    """The state before the first step."""
+    """The state before the first step, with the weights to start from, if the run names some."""
+    model = job.run.model
+    if model.weights is not None:
+        job.learner.start_from(find_weights(model.name, model.weights))
     return State(data=_fingerprints(job), settings=settings_hash(job.run))
 
 

@@ -33,19 +33,32 @@ class RunFolder:
         self.validation, self.bad_images = path / "validation.json", path / "bad_images.txt"
 
     @classmethod
+    def check_free(cls, path: Path) -> RunFolder:
+        """The run folder that could be made at a path.
+
+        Raises:
+            UserError: something is there already.
+        """
+        folder = cls(path)
+        if folder.config.exists() or has_checkpoint(folder.checkpoints):
+            raise UserError(f"{path} has a run already; continue it with --resume, or choose another --run-dir")
+        try:
+            if path.exists() and any(path.iterdir()):
+                raise UserError(f"{path} is not empty; choose another --run-dir")
+        except OSError as e:
+            raise UserError(f"{path} cannot be written: {e.strerror or e}") from e
+        return folder
+
+    @classmethod
     def create(cls, path: Path, run: Run, chosen: Sequence[tuple[str, Any, str]] = ()) -> RunFolder:
         """A new run folder with its config.json, and the reasons of what was chosen.
 
         Raises:
             UserError: the folder has a run already, or cannot be written.
         """
-        folder = cls(path)
-        if folder.config.exists() or has_checkpoint(folder.checkpoints):
-            raise UserError(f"{path} has a run already; continue it with --resume, or choose another --run-dir")
+        folder = cls.check_free(path)
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
-            if any(folder.path.iterdir()):
-                raise UserError(f"{path} is not empty; choose another --run-dir")
             write_json(folder.reasons, {name: reason for name, _, reason in chosen})
             write_json(folder.config, to_dict(run))
         except OSError as e:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from normfree import random
 from normfree.config import Run
 from normfree.data.crop import Preprocessing
 from normfree.data.loader import Batch
-from normfree.models import Network, create_model
+from normfree.models import Network, create_model, load_weights, parse_options
 from normfree.nn.layers import Draws
 from normfree.optim import AGCSGD, EMA, WarmupCosine, param_groups
 from normfree.random import Purpose
@@ -85,6 +87,13 @@ class Learner:
         for name, buffer in self._momentum().items():
             buffer.copy_(parts["momentum"][name])
 
+    def start_from(self, path: Path) -> None:
+        """Take weights from a file, which the average starts from too. A classifier for other classes stays new."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it says so: here it is expected
+            load_weights(self.model, path)
+        self.ema.module.load_state_dict(self.model.state_dict())
+
     def _momentum(self) -> dict[str, Tensor]:
         groups = self.optimizer.param_groups
         return {n: self.optimizer.momentum(p) for g in groups for n, p in zip(g["names"], g["params"], strict=True)}
@@ -95,7 +104,12 @@ def build_learner(run: Run, classes: int, steps: int, steps_per_epoch: float, pr
     torch.manual_seed(run.train.seed)
     m, o = run.model, run.optim
     model = create_model(
-        m.name, classes, drop_rate=m.drop_rate, stochastic_depth=m.stochastic_depth, skip_init=m.skip_init
+        m.name,
+        classes,
+        drop_rate=m.drop_rate,
+        stochastic_depth=m.stochastic_depth,
+        skip_init=m.skip_init,
+        **parse_options(m.options),
     )
     model = model.to(device=run.train.device)
     groups = param_groups(model, weight_decay=o.weight_decay, clipping=o.clipping)
