@@ -15,6 +15,7 @@ from normfree.models import Network, NetworkConfig
 from normfree.models.block import Block
 from normfree.models.exchange import from_haiku, from_timm, haiku_name, timm_name, to_haiku, to_timm
 from normfree.models.families import MODELS, regnet_config
+from normfree.models.fold import fold
 from normfree.models.propagation import measure
 from normfree.nn.conv import WSConv2d
 
@@ -223,3 +224,15 @@ def test_weights_go_to_timm_and_back(fixture: str) -> None:
     for name, tensor in state.items():
         assert ours[name].shape == tensor.shape
         torch.testing.assert_close(ours[name], tensor, rtol=0 if fixture == "timm_dm_nfnet" else 1e-6, atol=0)
+
+
+@pytest.mark.parametrize("size", ["even", "odd"])
+def test_a_folded_twin_has_the_logits_of_the_authors(size: str) -> None:
+    """Norms behind convolutions are merged into them; those on the stream stay; twice is as once."""
+    model, tensors = authors("bn_resnet")
+    folded = fold(model)
+    x = images(tensors[f"input/{size}"])
+    _close(folded(x), tensors[f"logits/{size}"], 1e-5)
+    left = [n for n, m in folded.named_modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert left == [f"blocks.{i}.norm0" for i in range(6)] + ["final_norm"]
+    assert torch.equal(fold(folded)(x), folded(x))

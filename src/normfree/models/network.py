@@ -52,6 +52,7 @@ class Network(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
+        self.folded = False  # by `fold`
         free = config.norm == "none"
         self.act, gamma = activation(config.activation)
         self.gamma = gamma if free else 1.0

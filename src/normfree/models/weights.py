@@ -192,8 +192,7 @@ def network_for(config: NetworkConfig, path: Path) -> Network:
 
 def describe(name: str, model: Network) -> dict[str, Any]:
     """The part of `about` from which `load_model` builds the network again."""
-    folded = not any("gain" in n and not n.endswith("skip_gain") for n in model.state_dict())
-    return {"model": name, "config": asdict(model.config), "folded": folded}
+    return {"model": name, "config": asdict(model.config), "folded": model.folded}
 
 
 def _fill(model: nn.Module, tensors: State, names: dict[str, str], path: Path) -> tuple[str, ...]:
