@@ -33,6 +33,8 @@ def our_name(theirs: str) -> str:
             parts.append("fc1" if number == "1" else "fc0")
         else:
             parts.append("fc" if part == "linear" else part)
+    if leaf == "skip_gain":
+        parts.append("skip")
     return ".".join([*parts, leaf])
 
 

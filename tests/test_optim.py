@@ -30,7 +30,7 @@ class _Toy(nn.Module):
         self.gain, self.skip_gain = nn.Parameter(torch.zeros(6)), nn.Parameter(torch.zeros(1))
         ours = {"conv1.gain": "gain"}
         for theirs, value in initial.items():
-            name = our_name(theirs).removeprefix("blocks.0.").replace("squeeze_excite.", "")
+            name = our_name(theirs).removeprefix("blocks.0.").replace("squeeze_excite.", "").replace("skip.", "")
             name = ours.get(name, name)
             self.names[theirs] = name
             with torch.no_grad():

@@ -12,7 +12,7 @@ from typing import Any
 from normfree.config import UserError, from_dict
 from normfree.models.convert import convert
 from normfree.models.download import find_weights
-from normfree.models.families import MODELS, NetworkConfig
+from normfree.models.families import MODELS, PER_STAGE, NetworkConfig
 from normfree.models.fold import fold
 from normfree.models.network import FeatureInfo, Network
 from normfree.models.weights import export_weights, load_weights, save_weights
@@ -85,11 +85,8 @@ def create_model(
     config = model_config(name)
     if num_classes < 1 or in_chans < 1:
         raise UserError(f"num_classes and in_chans must be positive, not {num_classes} and {in_chans}")
-    rates = {"drop_rate": drop_rate, "stochastic_depth": stochastic_depth}
-    for key, rate in rates.items():
-        if rate is not None and not 0.0 <= rate < 1.0:
-            raise UserError(f"{key} must be in [0, 1), not {rate}")
-    changes = {key: value for key, value in {**rates, "skip_init": skip_init}.items() if value is not None}
+    given = {"drop_rate": drop_rate, "stochastic_depth": stochastic_depth, "skip_init": skip_init}
+    changes = {key: value for key, value in given.items() if value is not None}
     config = replace(config, num_classes=num_classes, in_chans=in_chans, **changes)  # type: ignore[arg-type]
     model = Network(with_options(config, options))
     if pretrained:
@@ -104,6 +101,8 @@ def with_options(config: NetworkConfig, options: dict[str, Any]) -> NetworkConfi
         UserError: an unknown name, a wrong type, or a value out of range.
     """
     fields = asdict(config)
+    for name in PER_STAGE:  # one value for all stages serves for another number of stages too
+        fields[name] = fields[name][:1] if len(set(fields[name])) == 1 else fields[name]
     for name, value in options.items():
         several = isinstance(fields.get(name), tuple) and not isinstance(value, (tuple, list))
         fields[name] = (value,) if several else value

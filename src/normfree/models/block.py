@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfree.config import UserError
 from normfree.models.families import NetworkConfig
 from normfree.nn.conv import Padding, SameConv2d, WSConv2d
 from normfree.nn.layers import SqueezeExcite, at_least_float32, avg_pool_dense, avg_pool_same
@@ -57,7 +58,7 @@ def batch_norm(config: NetworkConfig, channels: int) -> nn.BatchNorm2d | None:
 
 
 def bottleneck_width(config: NetworkConfig, place: Place) -> tuple[int, int]:
-    """(channels, groups) of the 3x3 convolutions; the width is rounded down to whole groups."""
+    """(channels, groups) of the 3x3 convolutions; the width is rounded down to whole groups, but to one at least."""
     expansion = config.expansion[place.stage]
     if place.first and config.first_expansion is not None:
         expansion = config.first_expansion
@@ -65,6 +66,19 @@ def bottleneck_width(config: NetworkConfig, place: Place) -> tuple[int, int]:
     width = max(1, int(expansion * (place.in_chans if config.expand_from[place.stage] == "in" else place.out_chans)))
     groups = max(1, width // group_width) if group_width else 1
     return groups * group_width if group_width else width, groups
+
+
+class SkipInit(nn.Module):
+    """The learnable gain of a residual branch (De & Smith 2020), with alpha; a module, so that hooks see it alone."""
+
+    def __init__(self, alpha: float, start: float) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.skip_gain = nn.Parameter(torch.full((1,), start))  # one element, since sharding refuses scalars
+
+    def forward(self, gate: Tensor) -> Tensor:
+        """(N, C) -> (N, C): alpha * skip_gain * gate, in float32 at least."""
+        return gate * (self.alpha * at_least_float32(self.skip_gain))
 
 
 class Block(nn.Module):
@@ -79,10 +93,14 @@ class Block(nn.Module):
         free = config.norm == "none"
         self.act, gamma = activation(config.activation)
         self.gamma = gamma if free else 1.0
-        self.beta = place.beta if config.beta_first else 1.0  # otherwise it is in the weights
+        self.beta = place.beta if config.beta_first and free else 1.0  # otherwise it is in the weights
         self.place, self.squeeze, self.pooled = place, config.squeeze, config.shortcut == "pool"
         chans, out = place.in_chans, place.out_chans
         width, groups = bottleneck_width(config, place)
+        if any(n % config.pointwise_groups for n in (chans, width, out)):
+            raise UserError(
+                f"pointwise_groups {config.pointwise_groups} must divide the widths {chans}, {width} and {out}"
+            )
         first = convolution(config, gamma if config.beta_first else gamma / place.beta)
         conv = convolution(config, gamma)
         stride = 1 if place.dense else place.stride
@@ -109,9 +127,12 @@ class Block(nn.Module):
         hidden = max(1, int(gated * config.se_ratio))
         self.squeeze_excite = SqueezeExcite(seen, hidden, gated) if config.squeeze != "none" else None
         self.twice = 2.0 if free else 1.0  # twice the sigmoid keeps the variance; batch norm does so itself
-        self.alpha = config.alpha
-        # one element, since sharding refuses scalars
-        self.skip_gain = nn.Parameter(torch.full((1,), config.skip_init)) if free else None
+        self.skip = SkipInit(config.alpha, config.skip_init) if free else None
+
+    @property
+    def skip_gain(self) -> nn.Parameter | None:
+        """The gain of the branch, (1,); None with batch norm."""
+        return None if self.skip is None else self.skip.skip_gain
 
     def activate(self, x: Tensor) -> Tensor:
         """What the convolutions of the block see, but for the factors that are in their weights."""
@@ -124,10 +145,10 @@ class Block(nn.Module):
         out = self.activate(x)
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(self._pool(out))
         out, gate = self.branch(out)
-        gain = None if self.skip_gain is None else self.alpha * at_least_float32(self.skip_gain)[None]  # (1, 1)
-        for factor in (gain, None if keep is None else keep[:, None]):
-            if factor is not None:
-                gate = factor if gate is None else gate * factor
+        if self.skip is not None:
+            gate = self.skip(torch.ones(x.shape[0], 1, device=x.device) if gate is None else gate)
+        if keep is not None:
+            gate = keep[:, None] if gate is None else gate * keep[:, None]
         if gate is None:
             return shortcut + out
         return torch.addcmul(shortcut, out, gate.to(out.dtype)[:, :, None, None])

@@ -46,7 +46,7 @@ _HAIKU_MODULES = {
 
 def haiku_root(config: NetworkConfig) -> str:
     """The class of the authors' code that builds the network."""
-    if config.stem == "pool":
+    if config.stem_pool:
         return "ResNet" if config.norm == "batch" else "NF_ResNet"
     return "NF_RegNet" if config.squeeze == "inner" else "NFNet"
 
@@ -57,7 +57,7 @@ _HAIKU_BLOCKS = {"ResNet": "res_block_v2", "NF_ResNet": "nf_res_block", "NF_RegN
 def haiku_name(ours: str, config: NetworkConfig) -> str:
     """'blocks.3.squeeze_excite.fc1.weight' -> 'NFNet/~/nf_block_3/~/squeeze_excite/~/linear_1/w'."""
     root = haiku_root(config)
-    parts, (rest, _, leaf) = [root], ours.rpartition(".")
+    parts, (rest, _, leaf) = [root], ours.replace(".skip.", ".").rpartition(".")
     block = re.fullmatch(r"blocks\.(\d+)(?:\.(.+))?", rest)
     if block:
         index, rest = int(block[1]), block[2] or ""
@@ -90,7 +90,7 @@ def timm_name(ours: str, config: NetworkConfig) -> str:
             ("conv_shortcut.", "downsample.conv."),
             ("squeeze_excite.fc1.", "attn_last.fc2."),
             ("squeeze_excite.fc0.", "attn_last.fc1."),
-            ("skip_gain", "skipinit_gain"),
+            ("skip.skip_gain", "skipinit_gain"),
         ):
             if f".{old}" in name:
                 return name.replace(f".{old}", f".{new}")

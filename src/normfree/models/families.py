@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from normfree.config import UserError
 from normfree.nn.signal import ACTIVATIONS
 
 _CHOICES = {
-    "stem": ("convs", "pool", "dct"),
+    "stem": ("convs", "dct"),
     "shortcut": ("pool", "stride"),
     "squeeze": ("out", "inner", "straddle", "none"),
     "final": ("conv", "fc", "none"),
     "norm": ("none", "batch"),
-    "activation": tuple(ACTIVATIONS),
+    "activation": tuple(a for a in ACTIVATIONS if a != "glu"),  # which halves the channels
     "output_stride": (8, 16, 32),
     "padding": ("same", "symmetric"),
 }
-_PER_STAGE = ("depths", "strides", "group_width", "expansion", "expand_from")
+PER_STAGE = ("depths", "strides", "group_width", "expansion", "expand_from")
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,11 @@ class NetworkConfig:
     magnitude: int = 0  # of RandAugment; 0 where no source gives one
     stochastic_depth: float = 0.25  # of the last block, growing linearly from 0
     strides: tuple[int, ...] = (1, 2, 2, 2)  # of the first block of each stage
-    # stem: "convs"; "pool": one convolution and a 3x3 max pool of stride 2; "dct": 8x8 cosine transform, then 1x1 (E)
-    stem: str = "convs"
+    stem: str = "convs"  # or "dct": the cosine transform of 8x8 blocks, then a 1x1 convolution (E)
     stem_widths: tuple[int, ...] = (16, 32, 64, 128)
     stem_strides: tuple[int, ...] = (2, 1, 1, 2)
     stem_kernel: int = 3
+    stem_pool: bool = False  # a 3x3 max pool of stride 2 behind the convolutions
     # block
     group_width: tuple[int, ...] = (128,)  # channels a group of the 3x3 convolutions; 0: one group. Differing: E
     expansion: tuple[float, ...] = (0.5,)  # of the bottleneck against the block's output. Differing: E
@@ -72,7 +73,7 @@ class NetworkConfig:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} must be one of {', '.join(map(str, allowed))}, not {getattr(self, name)!r}")
-        for name in _PER_STAGE:
+        for name in PER_STAGE:
             values = getattr(self, name)
             if len(values) == 1:
                 object.__setattr__(self, name, values * len(self.widths))
@@ -87,8 +88,16 @@ class NetworkConfig:
             raise UserError("widths, depths, strides, groups, classes and channels must be positive")
         if max(self.widths) > 1 << 16 or sum(self.depths) > 2000:  # a file must not ask for all the memory there is
             raise UserError("more than 65,536 channels or 2,000 blocks")
-        if min(*self.group_width, self.se_ratio, *self.expansion) < 0:
-            raise UserError("group_width, se_ratio and expansion must not be negative")
+        numbers = (self.se_ratio, *self.expansion, self.classifier_std, self.ws_eps, self.alpha, self.skip_init)
+        if not all(math.isfinite(v) for v in numbers):
+            raise UserError("se_ratio, expansion, classifier_std, ws_eps, alpha and skip_init must be finite")
+        if min(*self.group_width, self.se_ratio, self.classifier_std, self.ws_eps, self.magnitude) < 0:
+            raise UserError("group_width, se_ratio, classifier_std, ws_eps and magnitude must not be negative")
+        if min(*self.expansion, self.alpha, self.train_size, self.test_size) <= 0:
+            raise UserError("expansion, alpha, train_size and test_size must be positive")
+        for rate in (self.drop_rate, self.stochastic_depth):
+            if not 0.0 <= rate < 1.0:
+                raise UserError(f"drop_rate and stochastic_depth must be in [0, 1), not {rate}")
 
 
 # F0 to F7 and the wider + variants (Table 1, A.3; F7 is in the authors' code only)
@@ -151,7 +160,7 @@ def _resnets() -> dict[str, NetworkConfig]:
             test_size=224,
             drop_rate=0.0,
             stochastic_depth=0.1,
-            stem="pool",
+            stem_pool=True,
             stem_widths=(64,),
             stem_strides=(2,),
             stem_kernel=7,

@@ -35,7 +35,7 @@ def fold(model: M) -> M:
     copied = copy.deepcopy(model)
     plain: dict[WSConv2d, nn.Module] = {}  # a convolution that is shared stays shared
     for module in list(copied.modules()):
-        for name, child in list(module.named_children()):
+        for name, child in list(module._modules.items()):  # named_children() leaves out second names
             if isinstance(child, WSConv2d):
                 if child not in plain:
                     plain[child] = child.folded()

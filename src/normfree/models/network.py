@@ -9,7 +9,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import NamedTuple, cast
+from operator import index
+from typing import NamedTuple, SupportsIndex, cast
 
 import torch
 import torch.nn.functional as F
@@ -142,13 +143,14 @@ class Network(nn.Module):
             x = block_dct(x, _DCT)
         for i, conv in enumerate(self.stem):
             x = conv(self._activate(self.stem_norms[i - 1] if self.stem_norms else None, x) if i else x)
-        if self.config.stem != "pool":
+        if not self.config.stem_pool or self.config.stem == "dct":
             return x
         return max_pool_same(x) if self.config.padding == "same" else F.max_pool2d(x, 3, 2, 1)
 
     def _run_block(self, i: int, x: Tensor, keep: Tensor | None) -> Tensor:
-        out: Tensor = self.blocks[i](x, None if keep is None or self.depth_rates[i] == 0.0 else keep[:, i])
-        return out
+        if keep is None or self.depth_rates[i] == 0.0:
+            return self.blocks[i](x)  # type: ignore[no-any-return]
+        return self.blocks[i](x, keep[:, i])  # type: ignore[no-any-return]
 
     def _activate(self, norm: nn.Module | None, x: Tensor) -> Tensor:
         return self.act(x if norm is None else norm(x))
@@ -156,14 +158,13 @@ class Network(nn.Module):
     @property
     def feature_info(self) -> tuple[FeatureInfo, ...]:
         """Of each stage: what `forward_intermediates` returns."""
-        infos, stride = [], _stem_stride(self.config)
-        for stage, (width, step) in enumerate(zip(self.config.widths, _strides(self.config), strict=True)):
-            stride *= step
-            infos.append(FeatureInfo(f"stage{stage}", width, min(stride, self.config.output_stride)))
-        return tuple(infos)
+        return tuple(
+            FeatureInfo(f"stage{stage}", width, stride)
+            for stage, (width, stride) in enumerate(zip(self.config.widths, _reached(self.config), strict=True))
+        )
 
     def forward_intermediates(
-        self, x: Tensor, indices: int | Sequence[int] | None = None, activated: bool = True
+        self, x: Tensor, indices: SupportsIndex | Sequence[int] | None = None, activated: bool = True
     ) -> list[Tensor]:
         """Maps behind the stages, for detection and segmentation; `feature_info` says their channels and strides.
 
@@ -192,9 +193,10 @@ class Network(nn.Module):
                 maps[stage] = self._seen_behind(i + 1, x) if activated else x
         return [maps[stage] for stage in wanted]
 
-    def _stage_indices(self, indices: int | Sequence[int] | None) -> list[int]:
+    def _stage_indices(self, indices: SupportsIndex | Sequence[int] | None) -> list[int]:
         n = len(self.config.widths)
-        if isinstance(indices, int):
+        if isinstance(indices, SupportsIndex):
+            indices = index(indices)
             wanted = list(range(n - indices, n)) if 0 < indices <= n else [n]
         else:
             wanted = list(range(n)) if indices is None else list(indices)
@@ -216,33 +218,42 @@ class Network(nn.Module):
 
 
 def _stem_stride(config: NetworkConfig) -> int:
-    if config.stem == "dct":
-        return _DCT
-    return math.prod(config.stem_strides) * (2 if config.stem == "pool" else 1)
+    return _DCT if config.stem == "dct" else _ordinary_stem_stride(config)
+
+
+def _ordinary_stem_stride(config: NetworkConfig) -> int:
+    return math.prod(config.stem_strides) * (2 if config.stem_pool else 1)
 
 
 def _strides(config: NetworkConfig) -> tuple[int, ...]:
-    """Of each stage. The DCT stem halves once more than the others, so the first stage that would stride does not."""
-    strides = list(config.strides)
+    """Of each stage. Where the DCT stem is coarser than the ordinary one, the first stages do not stride."""
+    strides, ahead = list(config.strides), 1
     if config.stem == "dct":
-        first = next((i for i, s in enumerate(strides) if s > 1), None)
-        if first is not None:
-            strides[first] = 1
+        ahead = _DCT // _ordinary_stem_stride(config)
+    for stage, stride in enumerate(strides):
+        if ahead > 1 and stride > 1:
+            strides[stage], ahead = 1, ahead // stride
     return tuple(strides)
+
+
+def _reached(config: NetworkConfig) -> list[int]:
+    """The stride against the image behind each stage; one that would exceed the output stride is not taken."""
+    reached = [_stem_stride(config)]
+    for step in _strides(config):
+        reached.append(reached[-1] * step if reached[-1] * step <= config.output_stride else reached[-1])
+    return reached[1:]
 
 
 def places(config: NetworkConfig) -> Iterator[Place]:
     """Where each block stands."""
     betas = iter(block_input_std(config.depths, config.alpha))
-    chans, reached, dilation = config.stem_widths[-1], _stem_stride(config), 1
-    for stage, (width, depth, stride) in enumerate(zip(config.widths, config.depths, _strides(config), strict=True)):
-        for index in range(depth):
-            step = stride if index == 0 else 1
-            dense = step > 1 and reached * step > config.output_stride
-            first = stage == index == 0
-            yield Place(chans, width, stage, first, next(betas), step, dilation, dense)
-            if dense:
-                dilation *= step
-            else:
-                reached *= step
+    chans, before, dilation = config.stem_widths[-1], _stem_stride(config), 1
+    stages = zip(config.widths, config.depths, _strides(config), _reached(config), strict=True)
+    for stage, (width, depth, stride, reached) in enumerate(stages):
+        dense = stride > 1 and reached == before
+        for number in range(depth):
+            step = stride if number == 0 else 1
+            yield Place(chans, width, stage, stage == number == 0, next(betas), step, dilation, dense and number == 0)
+            dilation *= step if dense else 1
             chans = width
+        before = reached

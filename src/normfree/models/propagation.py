@@ -34,11 +34,12 @@ def measure(model: Network, images: Tensor) -> list[Signal]:
     found: list[Signal] = []
     hooks = [block.register_forward_hook(lambda *call: found.append(_of_block(*call))) for block in model.blocks]
     hooks.append(model.blocks[0].register_forward_pre_hook(lambda _, inputs: found.append(_of_map(inputs[0]))))
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     try:
         model.eval()(images)
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
         for hook in hooks:
             hook.remove()
     return found
@@ -62,8 +63,8 @@ def _variance(x: Tensor) -> float:
 def expected_variance(config: NetworkConfig, skip_gain: float = 1.0) -> list[float]:
     """What the bookkeeping predicts behind the stem and each block, for unit-variance branches.
 
-    1 behind the stem; each block adds (alpha * skip_gain)^2; a transition starts again from 1. With skip_gain = 1 these
-    are the beta^2 that the blocks divide by.
+    1 behind the stem, where no pooling follows its convolution; each block adds (alpha * skip_gain)^2; a transition
+    starts again from 1. With skip_gain = 1 these are the beta^2 that the blocks divide by.
     """
     alpha = config.alpha * skip_gain
     variances = [1.0]

@@ -155,20 +155,22 @@ class WSConv2d(SameConv2d):
 
     def folded(self) -> SameConv2d:
         """A plain convolution with the same outputs, and parameters of its own."""
-        conv = SameConv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,  # type: ignore[arg-type]
-            stride=self.stride,  # type: ignore[arg-type]
-            padding="same" if self.same else self.padding,  # type: ignore[arg-type]
-            dilation=self.dilation,  # type: ignore[arg-type]
-            groups=self.groups,
-            in_place_of=self.in_place_of,
-        ).to(self.weight)
-        with torch.no_grad():
-            conv.weight.copy_(self.filters())
-            conv.bias.copy_(self.bias)  # type: ignore[union-attr, arg-type]
-        return conv.train(self.training).requires_grad_(self.weight.requires_grad)
+        with torch.device("meta"):  # no random numbers for weights that are replaced
+            conv = SameConv2d(
+                self.in_channels,
+                self.out_channels,
+                self.kernel_size,  # type: ignore[arg-type]
+                stride=self.stride,  # type: ignore[arg-type]
+                padding="same" if self.same else self.padding,  # type: ignore[arg-type]
+                dilation=self.dilation,  # type: ignore[arg-type]
+                groups=self.groups,
+                in_place_of=self.in_place_of,
+            )
+        assert self.bias is not None
+        weight, bias = self.filters().detach().to(self.weight.dtype), self.bias.detach().clone()
+        conv.weight = nn.Parameter(weight, self.weight.requires_grad)
+        conv.bias = nn.Parameter(bias, self.bias.requires_grad)
+        return conv.train(self.training)
 
     def extra_repr(self) -> str:
         """As of the base class, with the constant that the weight absorbs."""

@@ -61,9 +61,9 @@ def block_dct(x: Tensor, size: int = 8) -> Tensor:
     (N, C, H, W) -> (N, C * size^2, ceil(H / size), ceil(W / size)); the coefficients of a channel are neighbours, by
     vertical and then horizontal frequency.
     """
-    n = torch.arange(size, device=x.device, dtype=torch.float32)
-    basis = torch.cos(math.pi / size * (n + 0.5) * n[:, None]) * math.sqrt(2 / size)  # (frequency, pixel)
-    basis = torch.where(n[:, None] == 0, math.sqrt(0.5), 1.0) * basis
+    n = torch.arange(size, device=x.device, dtype=torch.float64)
+    norm = torch.sqrt((1.0 + (n > 0).double()) / size)  # by frequency: the constant is shorter
+    basis = norm[:, None] * torch.cos(math.pi / size * (n + 0.5) * n[:, None])  # (frequency, pixel)
     kernels = torch.einsum("ua,vb->uvab", basis, basis).reshape(-1, 1, size, size).to(x.dtype)
     pads = [-length % size for length in x.shape[-2:]]
     x = F.pad(x, (0, pads[1], 0, pads[0]))
