@@ -280,3 +280,166 @@ def test_the_average_starts_at_the_weights_and_warms_up() -> None:
     assert averages["1.num_batches_tracked"] == 1
     assert not ema.module.training
     assert not any(p.requires_grad for p in ema.module.parameters())
+
+
+# Units of other layers, overrides, SAM
+
+
+def _unit_norms_by_hand(layer: nn.Module, x: Tensor) -> Tensor:
+    """The norm over the fan-in of each output, spread over the shape of x; by loops."""
+    out = torch.empty_like(x)
+    if isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        rows = x.shape[0] // layer.groups
+        for g in range(layer.groups):
+            for o in range(x.shape[1]):
+                out[g * rows : (g + 1) * rows, o] = x[g * rows : (g + 1) * rows, o].norm()
+        return out
+    for i in range(len(x)):
+        out[i] = x[i].norm()
+    return out
+
+
+LAYERS: list[tuple[nn.Module, str]] = [
+    (nn.Linear(5, 7), "weight"),
+    (nn.Bilinear(3, 4, 5), "weight"),
+    (nn.Conv1d(4, 6, 3, groups=2), "weight"),
+    (nn.Conv3d(2, 3, 2), "weight"),
+    (nn.ConvTranspose1d(4, 6, 3), "weight"),
+    (nn.ConvTranspose2d(6, 8, 3, groups=2), "weight"),
+    (nn.ConvTranspose3d(4, 4, 2, groups=4), "weight"),
+    (nn.MultiheadAttention(8, 2), "in_proj_weight"),
+    (nn.LSTM(3, 4), "weight_hh_l0"),
+    (nn.Embedding(9, 4), "weight"),
+]
+
+
+@pytest.mark.parametrize(("layer", "name"), LAYERS, ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else v)
+def test_the_units_of_every_layer(layer: nn.Module, name: str) -> None:
+    """An output and its fan-in, for each kind of layer; other parameters of it as a whole or by rows."""
+    torch.manual_seed(0)
+    p = layer.get_parameter(name)
+    gradients = {n: torch.randn_like(q) * torch.rand_like(q) for n, q in layer.named_parameters()}
+    for n, q in layer.named_parameters():
+        q.grad = gradients[n].clone()
+    share = clip_grad_agc_(layer, clipping=0.9)
+    size, limit = _unit_norms_by_hand(layer, gradients[name]), 0.9 * _unit_norms_by_hand(layer, p.detach())
+    expected = torch.where(size > limit, gradients[name] * limit / size, gradients[name])
+    assert p.grad is not None
+    torch.testing.assert_close(p.grad, expected)
+    assert 0 <= share <= 1
+
+
+def test_parameters_without_gradient_are_passed_over_and_sparse_ones_refused() -> None:
+    """None is no error; a sparse gradient is one, and says what to do."""
+    layer = nn.Linear(2, 2)
+    assert clip_grad_agc_(layer) == 0
+    embedding = nn.Embedding(4, 2, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match="sparse=False"):
+        clip_grad_agc_(embedding)
+    with pytest.raises(ValueError, match="sparse=False"):
+        AGCSGD(embedding.parameters(), lr=0.1).step()
+
+
+def test_lambda_by_pattern() -> None:
+    """Later patterns win, over the classifier's exemption too; one that matches nothing is an error."""
+    model = normfree.create_model("nfnet_tiny", 5)
+    overrides = {"stem.*": None, "stem.0.*": 0.5, "fc.weight": 0.25}
+    groups = param_groups(model, weight_decay=1e-4, clipping=0.1, overrides=overrides)
+    found = {n: g["clipping"] for g in groups for n in g["names"]}
+    assert found["stem.1.weight"] is None
+    assert found["stem.1.gain"] is None
+    assert found["stem.0.gain"] == 0.5
+    assert found["fc.weight"] == 0.25
+    assert found["blocks.0.conv0.weight"] == 0.1
+    assert len(found) == len(list(model.parameters()))
+    with pytest.raises(ValueError, match="no parameter matches 'sten"):
+        param_groups(model, overrides={"sten.*": None})
+
+
+def test_the_optimizer_says_what_it_clipped_by_name() -> None:
+    """Each tensor's count; their sum is the total; the classifier's weight is not among them."""
+    torch.manual_seed(1)
+    model = normfree.create_model("nfnet_tiny", 5)
+    optimizer = AGCSGD(param_groups(model, clipping=0.01), lr=0.1)
+    model(torch.randn(4, 3, 32, 32)).square().sum().backward()
+    by_hand = {}
+    for name, p in model.named_parameters():
+        assert p.grad is not None
+        by_hand[name] = int((unit_norms(p.grad) > 0.01 * unit_norms(p).clamp_min(1e-3)).sum())
+    optimizer.step()
+    names, clipped, units = optimizer.clipped_by_name()
+    assert set(names) == set(by_hand) - {"fc.weight"}
+    assert clipped.tolist() == [by_hand[n] for n in names]
+    total, all_units = optimizer.clipped_units()
+    assert (int(total), all_units) == (sum(clipped.tolist()), sum(units))
+    assert 0 < int(total) < all_units
+
+
+def _quadratic(p: Tensor) -> Tensor:
+    return (p**4).sum() + (p[0] * p[1]).sum()
+
+
+def test_sam_takes_the_gradient_at_the_ascent_point() -> None:
+    """w + rho g / |g| over all weights, in float64; the weights come back to the bit, gradients are the descent's."""
+    torch.manual_seed(2)
+    ps = [nn.Parameter(torch.randn(3, 4, dtype=torch.float64)) for _ in range(2)]
+    before = [p.detach().clone() for p in ps]
+    gradients = torch.autograd.grad(sum(_quadratic(p) for p in ps), ps)  # type: ignore[arg-type]
+    norm = sum(g.square().sum() for g in gradients) ** 0.5
+    there = [(w + 0.3 * g / norm).requires_grad_() for w, g in zip(before, gradients, strict=True)]
+    expected = torch.autograd.grad(sum(_quadratic(p) for p in there), there)  # type: ignore[arg-type]
+    for p in ps:
+        p.grad = torch.ones_like(p)  # of an earlier part of the batch
+    sam = normfree.SAM(ps, rho=0.3)
+    with sam.ascent():
+        assert all(p.grad is None for p in ps)
+        sum(_quadratic(p) for p in ps).backward()  # type: ignore[union-attr]
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in ps if p.grad is not None)
+    for p, w in zip(ps, there, strict=True):
+        torch.testing.assert_close(p.detach(), w.detach(), rtol=1e-12, atol=0)
+    with sam.descent():
+        sum(_quadratic(p) for p in ps).backward()  # type: ignore[union-attr]
+    for p, w, g in zip(ps, before, expected, strict=True):
+        assert torch.equal(p.detach(), w)
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad, 1 + g, rtol=1e-10, atol=1e-12)
+
+
+def test_sam_restores_after_an_error_and_refuses_the_wrong_order() -> None:
+    """An exception in the descent leaves the weights as they were, also where they had become NaN."""
+    p = nn.Parameter(torch.tensor([1.0, 2.0]))
+    sam = normfree.SAM([p])
+    with pytest.raises(RuntimeError, match="follows an ascent"), sam.descent():
+        pass
+    with pytest.raises(RuntimeError, match="no gradient"), sam.ascent():
+        pass
+    with sam.ascent():
+        (p * float("nan")).sum().backward()
+    assert p.isnan().all()
+    with pytest.raises(RuntimeError, match="already"), sam.ascent():
+        pass
+    with pytest.raises(KeyError), sam.descent():
+        raise KeyError
+    assert p.tolist() == [1.0, 2.0]
+    with pytest.raises(ValueError, match="rho"):
+        normfree.SAM([p], rho=0.0)
+
+
+def test_sams_ascent_never_reaches_the_momentum() -> None:
+    """One step with a linear loss, whose gradient is the same everywhere, equals the step without SAM."""
+    w = torch.randn(4, generator=torch.Generator().manual_seed(3))
+    a, b = nn.Parameter(w.clone()), nn.Parameter(w.clone())
+    plain, sharp = (AGCSGD([p], lr=0.1, clipping=None, weight_decay=0.01) for p in (a, b))
+    sam = normfree.SAM([b])
+    for _ in range(3):
+        a.grad = b.grad = None
+        a.sum().backward()
+        plain.step()
+        with sam.ascent():
+            (100 * b).sum().backward()
+        with sam.descent():
+            b.sum().backward()
+        sharp.step()
+        assert torch.equal(a, b)
+        assert torch.equal(plain.momentum(a), sharp.momentum(b))

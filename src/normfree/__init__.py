@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from normfree import data, models, nn, optim
     from normfree.models import convert, create_model, export_weights, fold, list_models, load_weights, save_weights
-    from normfree.optim import EMA, WarmupCosine, clip_grad_agc_, param_groups
+    from normfree.optim import EMA, SAM, WarmupCosine, clip_grad_agc_, param_groups
 
 __version__ = "0.1.0"
 
@@ -25,6 +25,7 @@ _HOMES = {
     "load_weights": "models",
     "save_weights": "models",
     "EMA": "optim",
+    "SAM": "optim",
     "WarmupCosine": "optim",
     "clip_grad_agc_": "optim",
     "param_groups": "optim",
@@ -33,6 +34,7 @@ _MODULES = ("data", "models", "nn", "optim")
 
 __all__ = [
     "EMA",
+    "SAM",
     "WarmupCosine",
     "clip_grad_agc_",
     "convert",

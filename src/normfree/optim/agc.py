@@ -1,9 +1,19 @@
 """Adaptive gradient clipping (Eq. 3 of the paper).
 
-The gradient of a unit is rescaled to norm lambda * max(|W_i|, eps) where it is longer. A unit is a row of dimension 0,
-the fan-in of one output, for weights; a tensor that is one-dimensional once its ones are squeezed out (bias, gain,
-SkipInit) is one unit as a whole, as in the authors' code. Transposed convolutions have their inputs on dimension 0, and
-so are clipped by input here.
+The gradient of a unit is rescaled to norm lambda * max(|W_i|, eps) where it is longer. What a unit is:
+
+| tensor                                             | unit                                              |
+|----------------------------------------------------|---------------------------------------------------|
+| weight of Linear, Bilinear, Conv1d, Conv2d, Conv3d | an output: a row of dimension 0, over its fan-in  |
+| weight of ConvTranspose1d, 2d, 3d                  | an output: of dimension 1, within its group       |
+| packed projections of MultiheadAttention, RNNs     | an output: a row of dimension 0                   |
+| weight of Embedding, EmbeddingBag                  | an entry: a row of dimension 0                    |
+| any tensor that is a vector once its ones are      | the whole tensor, as in the authors' code: biases, |
+| squeezed out, or a number                          | gains, SkipInit                                    |
+| any other tensor                                   | a row of dimension 0                              |
+
+Bare tensors are taken as the first row has them; a group can say otherwise with "unit_dim" (the dimension of the
+outputs) and "unit_groups" (into how many groups the dimension before it is split).
 """
 
 from __future__ import annotations
@@ -20,35 +30,56 @@ from normfree.optim.groups import param_groups
 class Clipping(NamedTuple):
     """What AGC finds in a list of gradients.
 
-    factors: one tensor per gradient, broadcastable to it, 1 where nothing is clipped.
-    clipped, units: how many units were clipped, a tensor on the device (no synchronisation), and how many there are.
+    factors: one tensor per gradient, of its shape or broadcastable to it, 1 where nothing is clipped.
+    clipped: how many units of each gradient were clipped, (gradients,), on the device: reading it waits.
+    units: how many each has.
     """
 
     factors: list[Tensor]
     clipped: Tensor
-    units: int
+    units: list[int]
 
 
-def unit_norms(x: Tensor) -> Tensor:
-    """Euclidean norm of each unit, float32 at least: (out, 1, ..) for weights, all ones for a vector or scalar."""
-    one_unit = sum(n > 1 for n in x.shape) <= 1
-    dims = tuple(range(0 if one_unit else 1, x.ndim))
+def unit_norms(x: Tensor, unit_dim: int = 0, groups: int = 1) -> Tensor:
+    """Euclidean norm of each unit, float32 at least, broadcastable to x: (out, 1, ..) for weights.
+
+    With groups, dimension 0 is split into so many and a unit is within one: the result has the shape of x then.
+    """
     dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else None
+    if sum(n > 1 for n in x.shape) <= 1:
+        return _norm(x, tuple(range(x.ndim)), dtype)
+    if groups > 1:
+        split = x.unflatten(0, (groups, -1))  # (groups, in / groups, out / groups, ..)
+        dims = tuple(d for d in range(1, split.ndim) if d != unit_dim + 1)
+        norms = _norm(split, dims, dtype)
+        return norms.expand(-1, split.shape[1], *norms.shape[2:]).flatten(0, 1)
+    return _norm(x, tuple(d for d in range(x.ndim) if d != unit_dim), dtype)
+
+
+def _norm(x: Tensor, dims: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
     return norms
 
 
-def agc_factors(params: Sequence[Tensor], grads: Sequence[Tensor], clipping: float, eps: float) -> Clipping:
+def agc_factors(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    clipping: float,
+    eps: float,
+    unit_dim: int = 0,
+    groups: int = 1,
+) -> Clipping:
     """The factor of each unit of each gradient; norms of all tensors are compared in one go."""
-    norms = [unit_norms(p) for p in params]
+    norms = [unit_norms(p, unit_dim, groups) for p in params]
+    sizes = [n.numel() for n in norms]
     limit = torch.cat([n.flatten() for n in norms]).clamp_min_(eps).mul_(clipping)
-    size = torch.cat([unit_norms(g).flatten() for g in grads])
+    size = torch.cat([unit_norms(g, unit_dim, groups).flatten() for g in grads])
     over = size > limit
     # the inner floor only prevents 0/0: a unit whose gradient is that short is never over the limit
     factor = torch.where(over, limit / size.clamp_min(1e-6), 1.0)
-    pieces = factor.split([n.numel() for n in norms])
-    factors = [piece.view(n.shape) for piece, n in zip(pieces, norms, strict=True)]
-    return Clipping(factors, over.sum(), factor.numel())
+    factors = [piece.view(n.shape) for piece, n in zip(factor.split(sizes), norms, strict=True)]
+    clipped = torch.stack([piece.sum() for piece in over.split(sizes)])
+    return Clipping(factors, clipped, sizes)
 
 
 Parameters = Tensor | nn.Module | Iterable[Tensor] | Iterable[Mapping[str, Any]]
@@ -60,7 +91,8 @@ def clip_grad_agc_(parameters: Parameters, clipping: float = 0.01, eps: float = 
 
     Args:
         parameters: a tensor or tensors, all clipped; param groups, where "clipping" overrides the argument and None
-            exempts the group; or a module, whose classifier's weight is exempt, as in the paper.
+            exempts the group; or a module, whose classifier's weight is exempt, as in the paper. Tensors without a
+            gradient are passed over.
         clipping: lambda, the largest ratio of the norms of a unit's gradient and weight.
         eps: floor of the weight's norm, so that zero-initialised parameters can move.
 
@@ -79,9 +111,11 @@ def clip_grad_agc_(parameters: Parameters, clipping: float = 0.01, eps: float = 
         if group["clipping"] is None or not params:
             continue
         grads = [_dense(p.grad) for p in params]
-        found = agc_factors(params, grads, group["clipping"], eps)
+        found = agc_factors(
+            params, grads, group["clipping"], eps, group.get("unit_dim", 0), group.get("unit_groups", 1)
+        )
         torch._foreach_mul_(grads, [f.to(g.dtype) for f, g in zip(found.factors, grads, strict=True)])
-        clipped, units = clipped + found.clipped, units + found.units
+        clipped, units = clipped + found.clipped.sum(), units + sum(found.units)
     return torch.as_tensor(clipped) / max(units, 1)
 
 

@@ -1,17 +1,24 @@
-"""The paper's three parameter groups, every parameter in exactly one."""
+"""The paper's parameter groups, every parameter in exactly one."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
-_WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)
+_WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CLASSIFIERS = ("fc", "head", "classifier")
 
 
 def param_groups(
-    model: nn.Module, weight_decay: float = 2e-5, clipping: float | None = 0.01, classifier: str | None = None
+    model: nn.Module,
+    weight_decay: float = 2e-5,
+    clipping: float | None = 0.01,
+    classifier: str | None = None,
+    overrides: Mapping[str, float | None] | None = None,
 ) -> list[dict[str, Any]]:
     """Groups for `AGCSGD`, or any optimizer that takes groups.
 
@@ -23,28 +30,42 @@ def param_groups(
         weight_decay: L2 coefficient of the weights.
         clipping: lambda of AGC; None switches it off everywhere.
         classifier: name of the classifier, a linear layer of the model; None looks for fc, head and classifier.
+        overrides: lambda by name of parameter or shell pattern, None to exempt: {"stem.*": None, "blocks.0.*": 0.02}.
+            The last that matches wins, over the rules above too.
 
     Returns:
-        [{"params": [...], "names": [...], "weight_decay": ..., "clipping": ...}, ...], empty groups left out.
+        [{"params": [...], "names": [...], "weight_decay": ..., "clipping": ..., "unit_dim": ..., "unit_groups": ...}],
+        empty groups left out; parameters of one group share all of the latter.
 
     Raises:
-        ValueError: `classifier` names no linear layer.
+        ValueError: `classifier` names no linear layer, or a pattern matches nothing.
     """
     exempt = f"{_classifier(model, classifier)}.weight"
-    kinds: dict[str, list[tuple[str, nn.Parameter]]] = {"gain": [], "classifier": [], "weight": []}
-    for name, parameter in model.named_parameters():
-        kind = "classifier" if name == exempt else "weight" if _is_weight(model, name, parameter) else "gain"
-        kinds[kind].append((name, parameter))
-    settings = {
-        "gain": {"weight_decay": 0.0, "clipping": clipping},
-        "classifier": {"weight_decay": weight_decay, "clipping": None},
-        "weight": {"weight_decay": weight_decay, "clipping": clipping},
-    }
-    return [
-        {"params": [p for _, p in found], "names": [n for n, _ in found], **settings[kind]}
-        for kind, found in kinds.items()
-        if found
-    ]
+    named = dict(model.named_parameters())
+    lambdas = _overridden(named, overrides or {})
+    groups: dict[tuple[bool, float, int, int], dict[str, Any]] = {}
+    for name, parameter in named.items():
+        weight = name == exempt or _is_weight(model, name, parameter)
+        settings: dict[str, Any] = {
+            "weight_decay": weight_decay if weight else 0.0,
+            "clipping": lambdas.get(name, None if name == exempt else clipping),
+            **_units(model, name),
+        }
+        order = (weight, settings["clipping"] or 0.0, settings["unit_dim"], settings["unit_groups"])
+        group = groups.setdefault(order, {"params": [], "names": [], **settings})
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return [group for _, group in sorted(groups.items())]
+
+
+def _overridden(names: Mapping[str, Any], overrides: Mapping[str, float | None]) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
+    for pattern, value in overrides.items():
+        matching = [n for n in names if fnmatchcase(n, pattern)]
+        if not matching:
+            raise ValueError(f"no parameter matches {pattern!r}; names are such as {', '.join(list(names)[:3])}")
+        found |= dict.fromkeys(matching, value)
+    return found
 
 
 def _classifier(model: nn.Module, name: str | None) -> str | None:
@@ -64,3 +85,12 @@ def _is_weight(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
     if leaf == "weight" and isinstance(model.get_submodule(owner), _WEIGHTED):
         return True
     return sum(n > 1 for n in parameter.shape) > 1
+
+
+def _units(model: nn.Module, name: str) -> dict[str, int]:
+    """Where the outputs of a parameter are; see `normfree.optim.agc`."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf == "weight" and isinstance(module, _TRANSPOSED):
+        return {"unit_dim": 1, "unit_groups": module.groups}
+    return {"unit_dim": 0, "unit_groups": 1}

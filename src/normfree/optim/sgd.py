@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from normfree.optim.agc import agc_factors
+from normfree.optim.agc import Clipping, agc_factors
 
 
 class AGCSGD(torch.optim.Optimizer):
@@ -19,7 +19,8 @@ class AGCSGD(torch.optim.Optimizer):
     Gradients are left as they were.
 
     Args:
-        params: tensors or groups; "clipping": None in a group exempts it from AGC.
+        params: tensors or groups; "clipping": None in a group exempts it from AGC, "unit_dim" and "unit_groups" say
+            where its outputs are (`normfree.optim.agc`), "names" are for `clipped_by_name`.
         lr: learning rate.
         momentum: in [0, 1).
         nesterov: False is w -= lr * v.
@@ -53,13 +54,32 @@ class AGCSGD(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "clipping": clipping,
             "eps": eps,
+            "unit_dim": 0,
+            "unit_groups": 1,
         }
-        self._clipped = self._units = torch.zeros(())
+        self._found: list[tuple[dict[str, Any], list[int], Clipping]] = []  # of the last step, by group
         super().__init__(params, defaults)
 
-    def clipped_units(self) -> tuple[Tensor, Tensor]:
-        """(clipped, all) units of the last step, scalar tensors on the device: reading them as numbers waits for it."""
-        return self._clipped, self._units
+    def clipped_units(self) -> tuple[Tensor, int]:
+        """(clipped, all) units of the last step; the first on the device: reading it as a number waits for it."""
+        if not self._found:
+            return torch.zeros(()), 0
+        device = self._found[0][2].clipped.device
+        clipped = torch.stack([found.clipped.sum().to(device) for _, _, found in self._found]).sum()
+        return clipped, sum(sum(found.units) for _, _, found in self._found)
+
+    def clipped_by_name(self) -> tuple[list[str], Tensor, list[int]]:
+        """(names, clipped, units) of every tensor that the last step clipped, or looked at; clipped on the device.
+
+        Names are those of `param_groups`, otherwise "group.index".
+        """
+        names: list[str] = []
+        for g, (group, indices, _) in enumerate(self._found):
+            names += [group["names"][i] if "names" in group else f"{g}.{i}" for i in indices]
+        counts = [found.clipped for _, _, found in self._found]
+        device = counts[0].device if counts else None
+        clipped = torch.cat([c.to(device) for c in counts]) if counts else torch.zeros(0)
+        return names, clipped, [n for _, _, found in self._found for n in found.units]
 
     def momentum(self, p: Tensor) -> Tensor:
         """The velocity of a parameter, zeros before its first step."""
@@ -81,23 +101,24 @@ class AGCSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._clipped = self._units = torch.zeros(())
+        self._found = []
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._update(group, params)
+            indices = [i for i, p in enumerate(group["params"]) if p.grad is not None]
+            if indices:
+                self._update(group, indices)
         return loss
 
-    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _update(self, group: dict[str, Any], indices: list[int]) -> None:
+        params = [group["params"][i] for i in indices]
         grads = [p.grad for p in params if p.grad is not None]
         if any(g.is_sparse for g in grads):
             raise ValueError("AGCSGD needs dense gradients: build the embedding with sparse=False")
         velocities = [self.momentum(p) for p in params]
         if group["clipping"] is not None:
-            found = agc_factors(params, grads, group["clipping"], group["eps"])
+            units = group["unit_dim"], group["unit_groups"]
+            found = agc_factors(params, grads, group["clipping"], group["eps"], *units)
             grads = list(torch._foreach_mul(grads, [f.to(g.dtype) for f, g in zip(found.factors, grads, strict=True)]))
-            self._clipped = found.clipped + self._clipped.to(found.clipped.device)
-            self._units = torch.full_like(self._clipped, found.units) + self._units.to(found.clipped.device)
+            self._found.append((group, indices, found._replace(factors=[])))
         if group["weight_decay"] != 0:
             grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
         torch._foreach_mul_(velocities, group["momentum"])

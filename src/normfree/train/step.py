@@ -54,7 +54,8 @@ class Learner:
         self.ema.update(self.model)
         hits = (logits.argmax(1) == labels).sum()
         clipped, units = self.optimizer.clipped_units()
-        return torch.stack([loss.detach().double() * len(labels), hits.double(), clipped.double(), units.double()])
+        counts = torch.stack([loss.detach().double() * len(labels), hits.double(), clipped.double()])
+        return torch.cat([counts, counts.new_full((1,), units)])
 
     def _draws(self, step: int, n: int) -> Draws:
         """The masks of dropout and stochastic depth, by (seed, step, slot, layer)."""
