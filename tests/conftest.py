@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -64,3 +64,24 @@ def make_folder(root: Path, classes: tuple[str, ...] = ("dark", "light"), per_cl
 def image_folder(tmp_path: Path) -> Path:
     """Two classes of ten images."""
     return make_folder(tmp_path / "images")
+
+
+@pytest.fixture
+def narrow() -> Iterator[str]:
+    """The name of an NFNet as the authors' and timm's code could build it, so narrow that it takes a moment."""
+    from dataclasses import replace
+
+    from normfree.models import MODELS
+
+    MODELS["nfnet_narrow"] = replace(
+        MODELS["nfnet_f0"],
+        widths=(16, 32, 48, 48),
+        depths=(1, 1, 2, 1),
+        train_size=32,
+        test_size=40,
+        stem_widths=(16, 32, 64, 8),
+        group_width=(8,),
+        final_width=96,
+    )
+    yield "nfnet_narrow"
+    del MODELS["nfnet_narrow"]

@@ -22,14 +22,14 @@ def test_the_readme_names_every_command_and_no_other() -> None:
     assert named == set(COMMANDS)
 
 
-def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readmes_code_runs(narrow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The examples of the library, word for word but with a smaller network, and its weights under the name of F0's."""
     monkeypatch.chdir(tmp_path)
-    normfree.export_weights(normfree.create_model("nfnet_tiny"), "F0_haiku.npz", "authors")
+    normfree.export_weights(normfree.create_model(narrow), "F0_haiku.npz", "authors")
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) == 2
     for text in blocks:
-        exec(compile(text.replace("nfnet_f0", "nfnet_tiny"), "README.md", "exec"), {})
+        exec(compile(text.replace("nfnet_f0", narrow), "README.md", "exec"), {})
 
 
 def test_the_public_names_are_there() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from authors import images, load
 from normfree.models import Network, NetworkConfig
 from normfree.models.block import Block
-from normfree.models.exchange import from_haiku, from_timm, haiku_name, timm_name, to_haiku, to_timm
+from normfree.models.exchange import from_haiku, from_timm, haiku_name, take_constants, timm_name, to_haiku, to_timm
 from normfree.models.families import MODELS, regnet_config
 from normfree.models.fold import fold
 from normfree.models.propagation import measure
@@ -139,9 +139,10 @@ def test_batch_norm_in_training_equals_the_authors() -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_weights_go_to_the_authors_and_back(case: str) -> None:
-    """The tree that we write is the fixture's, to the bit, in its names, shapes and layouts."""
+    """The tree that we write is the fixture's, to the bit, in its names, shapes and layouts; averages of norms too."""
     model, tensors = authors(case)
-    ours, theirs = to_haiku(model), _tree(tensors, "params/")
+    averages = {k: t for k, t in tensors.items() if not k.endswith(("/counter", "/hidden"))}
+    ours, theirs = to_haiku(model), _tree(averages, "params/", "state/")
     assert {(m, n) for m in ours for n in ours[m]} == {(m, n) for m in theirs for n in theirs[m]}
     for module, parameters in theirs.items():
         for name, array in parameters.items():
@@ -177,6 +178,7 @@ def timm(fixture: str) -> tuple[Network, dict[str, Tensor], dict[str, Tensor]]:
     model = Network(_timm_config(fixture, TIMM[fixture])).eval()
     state = {k.removeprefix("state/"): t for k, t in tensors.items() if k.startswith("state/")}
     ours = from_timm(state, model)
+    take_constants(ours, model)
     names = {n: timm_name(n, model.config) for n in model.state_dict()}
     assert set(names.values()) == ours.keys()
     model.load_state_dict({n: ours[t] for n, t in names.items()})

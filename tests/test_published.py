@@ -90,31 +90,31 @@ def address(s: Server) -> str:
     return f"http://127.0.0.1:{s.server_address[1]}"
 
 
-def _tiny_as_timm(path: Path) -> tuple[normfree.models.Network, bytes]:
-    """A random nfnet_tiny and its weights as timm would have them."""
+def _as_timm(name: str, path: Path) -> tuple[normfree.models.Network, bytes]:
+    """A random network and its weights as timm would have them."""
     torch.manual_seed(0)
-    model = normfree.create_model("nfnet_tiny", 7, skip_init=1.0).eval()
+    model = normfree.create_model(name, 7, skip_init=1.0).eval()
     normfree.export_weights(model, path, "timm")
     return model, path.read_bytes()
 
 
 def test_pretrained_fetches_from_the_hub_once(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    narrow: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Through a redirect, checked against the sum that the Hub sends; the second model takes the file of the cache."""
-    source, content = _tiny_as_timm(tmp_path / "tiny.safetensors")
-    monkeypatch.setitem(download.PUBLISHED, "nfnet_tiny", download.Published("timm/tiny"))
+    source, content = _as_timm(narrow, tmp_path / "tiny.safetensors")
+    monkeypatch.setitem(download.PUBLISHED, narrow, download.Published("timm/tiny"))
     path = "/timm/tiny/resolve/main/model.safetensors"
     server.redirects[path], server.tags[path] = "/cdn/blob", hashlib.sha256(content).hexdigest()
     server.files["/cdn/blob"] = content
     x = torch.randn(2, 3, 32, 32)
     for _ in range(2):
-        model = normfree.create_model("nfnet_tiny", 7, pretrained=True).eval()
+        model = normfree.create_model(narrow, 7, pretrained=True).eval()
         assert torch.equal(model(x), source(x))
     assert [p for p, _ in server.log] == [path, "/cdn/blob"]
     assert capsys.readouterr().err.count("downloading") == 1
     with pytest.warns(UserWarning, match="7 classes, the model for 3"):
-        body = normfree.create_model("nfnet_tiny", 3, pretrained=True).eval()
+        body = normfree.create_model(narrow, 3, pretrained=True).eval()
     assert torch.equal(body.forward_features(x), source.forward_features(x))
 
 
@@ -224,16 +224,18 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def test_evaluate_with_the_authors_file(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_with_the_authors_file(
+    narrow: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`normfree evaluate MODEL --weights FILE.npz --data.root DIR` scores as a plain loop over the images does."""
     torch.manual_seed(1)
-    model = normfree.create_model("nfnet_tiny", 2, skip_init=1.0).eval()
+    model = normfree.create_model(narrow, 2, skip_init=1.0).eval()
     torch.nn.init.normal_(model.fc.weight)
     file = tmp_path / "tiny.npz"
     normfree.export_weights(model, file, "authors")
-    assert _main(["evaluate", "nfnet_tiny", "--weights", str(file), "--data.root", str(photos), "--json"]) == 0
+    assert _main(["evaluate", narrow, "--weights", str(file), "--data.root", str(photos), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    prepare, hits = published_preprocessing("nfnet_tiny"), 0
+    prepare, hits = published_preprocessing(narrow), 0
     for label, folder in enumerate(sorted(photos.iterdir())):
         for image in folder.iterdir():
             pixels = np.asarray(Image.open(image))
@@ -242,38 +244,42 @@ def test_evaluate_with_the_authors_file(photos: Path, tmp_path: Path, capsys: py
     assert found["images"] == 24
     assert found["top1"] == pytest.approx(hits / 24)
     changed = ["--data.test-size", "24", "--data.eval-crop", "center", "--data.antialias", "True"]
-    assert _main(["evaluate", "nfnet_tiny", "--weights", str(file), "--data.root", str(photos), *changed]) == 0
+    assert _main(["evaluate", narrow, "--weights", str(file), "--data.root", str(photos), *changed]) == 0
 
 
 def test_unnamed_classes_must_be_as_many_as_outputs(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    narrow: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A folder of two classes is no match for five outputs; and a foreign file alone does not name its model."""
     file = tmp_path / "tiny.npz"
-    normfree.export_weights(normfree.create_model("nfnet_tiny", 5), file, "authors")
-    assert _main(["evaluate", "nfnet_tiny", "--weights", str(file), "--data.root", str(photos)]) == 1
-    assert "has 2 classes, nfnet_tiny 5 outputs" in capsys.readouterr().err
+    normfree.export_weights(normfree.create_model(narrow, 5), file, "authors")
+    assert _main(["evaluate", narrow, "--weights", str(file), "--data.root", str(photos)]) == 1
+    assert "has 2 classes, nfnet_narrow 5 outputs" in capsys.readouterr().err
     assert _main(["evaluate", str(file), "--data.root", str(photos)]) == 1
     assert "name its model" in capsys.readouterr().err
 
 
-def test_predict_with_the_authors_file(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_with_the_authors_file(
+    narrow: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Without stored names, classes go by number."""
     file = tmp_path / "tiny.npz"
-    normfree.export_weights(normfree.create_model("nfnet_tiny", 5), file, "authors")
-    assert _main(["predict", "nfnet_tiny", str(photos), "--weights", str(file), "--json"]) == 0
+    normfree.export_weights(normfree.create_model(narrow, 5), file, "authors")
+    assert _main(["predict", narrow, str(photos), "--weights", str(file), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert len(rows) == 24
     assert {row["label"] for row in rows} <= set("01234")
 
 
-def test_training_starts_from_given_weights(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_starts_from_given_weights(
+    narrow: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The body of the file, with a new classifier; at a rate of 1e-12 it is still there at the end."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(2)
-    model = normfree.create_model("nfnet_tiny", 5, skip_init=0.7)
+    model = normfree.create_model(narrow, 5, skip_init=0.7)
     normfree.export_weights(model, "tiny.npz", "authors")
-    arguments = ["train", "--data.root", str(photos), "--model.name", "nfnet_tiny", "--model.weights", "tiny.npz"]
+    arguments = ["train", "--data.root", str(photos), "--model.name", narrow, "--model.weights", "tiny.npz"]
     arguments += ["--train.epochs", "1", "--train.batch-size", "4", "--optim.lr", "1e-12", "--run-dir", "run"]
     assert _main(arguments) == 0
     found, about = normfree.models.weights.load_model(Path("run/best.safetensors"))
@@ -283,13 +289,19 @@ def test_training_starts_from_given_weights(photos: Path, tmp_path: Path, monkey
             torch.testing.assert_close(found.state_dict()[name], tensor, rtol=0, atol=1e-6)
 
 
-def test_fine_tuning_has_an_eighth_of_the_rate(photos: Path) -> None:
-    """As in A.5: 0.1 at batch 2,048; and the clipping of the paper, since the branches are awake."""
+def test_fine_tuning_as_in_the_paper(photos: Path) -> None:
+    """A.5, scaled to the batch; at the sizes that the network was trained and is tested at."""
     train, _ = open_data(str(photos), 0.2)
-    given = {"data.root": str(photos), "train.batch_size": 16}
-    scratch, tuned = (RECIPES["folder"](Given(given | more), train) for more in ({}, {"model.weights": "x.npz"}))
-    assert scratch.optim.lr == pytest.approx(8 * tuned.optim.lr) == pytest.approx(0.1 * 16 / 256)
-    assert tuned.optim.clipping == 0.01
+    values = {"data.root": str(photos), "train.batch_size": 16, "train.epochs": 9.0, "model.name": "nfnet_f0"}
+    run = RECIPES["folder"](Given(values | {"model.weights": "x.npz"}), train)
+    o, d, m = run.optim, run.data, run.model
+    assert (o.lr, o.clipping, o.warmup, o.weight_decay, o.ema_decay) == (0.1 * 16 / 2048, 0.01, 3.0, 1e-5, 0.9999)
+    assert (d.size, d.test_size, d.eval_crop, d.margin) == (192, 256, "squash", 32)
+    assert (m.drop_rate, m.stochastic_depth) == (0.25, 0.1)
+    run = RECIPES["folder"](Given(values | {"model.weights": "x.npz", "model.name": "nf_resnet50"}), train)
+    assert (run.optim.weight_decay, run.model.drop_rate, run.model.stochastic_depth) == (0.0, 0.0, 0.0)
+    with pytest.raises(UserError, match="--model.name"):
+        RECIPES["folder"](Given({"data.root": str(photos), "model.weights": "x.npz"}), train)
 
 
 def test_options_of_the_network_can_be_trained_with(photos: Path, tmp_path: Path) -> None:
@@ -300,6 +312,37 @@ def test_options_of_the_network_can_be_trained_with(photos: Path, tmp_path: Path
     model, _ = normfree.models.weights.load_model(tmp_path / "run" / "best.safetensors")
     c = model.config
     assert (c.squeeze, c.pointwise_groups, c.group_width) == ("straddle", 2, (8, 8, 16, 16))
+
+
+def test_a_file_is_not_taken_for_another_function_of_the_same_shapes(tmp_path: Path) -> None:
+    """Our own header, and what the authors' and timm's code can build, tell them apart; nothing is read silently."""
+    normfree.save_weights(normfree.create_model("nfnet_tiny", 5, activation="silu"), tmp_path / "own")
+    with pytest.raises(UserError, match="its activation is silu, the model's gelu"):
+        normfree.create_model("nfnet_tiny", 5, pretrained=tmp_path / "own")
+    normfree.create_model("nfnet_tiny", 5, activation="silu", drop_rate=0.1, pretrained=tmp_path / "own")
+    normfree.export_weights(normfree.create_model("nf_resnet50", 5), tmp_path / "authors", "authors")
+    with pytest.raises(UserError, match="no such network"):
+        normfree.create_model("timm_nf_resnet50", 5, pretrained=tmp_path / "authors")
+    with pytest.raises(UserError, match="fold"):
+        normfree.load_weights(
+            normfree.fold(normfree.create_model("nfnet_tiny", 5, activation="silu")), tmp_path / "own"
+        )
+
+
+def test_a_folded_network_is_saved_and_evaluated_from_one_file(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file says which network it is, and that it is folded; the scores are those of the unfolded one."""
+    torch.manual_seed(3)
+    model = normfree.create_model("nfnet_tiny", 2, skip_init=1.0).eval()
+    torch.nn.init.normal_(model.fc.weight)
+    scores = []
+    for name, network in (("plain", model), ("folded", normfree.fold(model))):
+        normfree.save_weights(network, tmp_path / name)
+        assert _main(["evaluate", str(tmp_path / name), "--data.root", str(photos), "--json"]) == 0
+        scores.append(json.loads(capsys.readouterr().out))
+    assert scores[0]["loss"] == pytest.approx(scores[1]["loss"], rel=1e-6)
+    assert scores[0]["top1"] == scores[1]["top1"]
 
 
 # Numbers and pictures
@@ -342,7 +385,7 @@ def test_study_signal_draws_a_picture(photos: Path, tmp_path: Path, capsys: pyte
     arguments = ["study", "signal", "nfnet_tiny", "--data.root", str(photos), "--out", str(out), "--json"]
     assert _main([*arguments, "--images", "4"]) == 0
     curves = json.loads(capsys.readouterr().out)
-    assert [c["images"] for c in curves] == ["noise", "photos"]
+    assert [c["images"] for c in curves] == ["noise", "images of photos"]
     assert len(curves[0]["blocks"]) == 1 + sum(MODELS["nfnet_tiny"].depths)
     assert curves[0]["expected_variance"][:3] == pytest.approx([1, 1.04, 1.04])
     with Image.open(out) as picture:

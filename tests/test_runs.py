@@ -268,6 +268,8 @@ def test_divergence_is_diagnosed(tmp_path: Path, command: Command, image_folder:
         (["predict", "nowhere/run", "x.jpg"], 1, ["nowhere/run is missing"]),
         (["train", "--model.options", "squeez=none"], 1, ["did you mean 'squeeze'"]),
         (["train", "--model.options", "squeeze"], 1, ["name=value"]),
+        (["train", "--model.options", "drop_rate=0.5"], 1, ["--model.drop-rate"]),
+        (["train", "--model.options", "pointwise_groups=3"], 1, ["must divide"]),
         (["train", "--model.weights", "none.npz"], 1, ["none.npz is missing"]),
         (["study", "singal"], 2, ["did you mean 'signal'"]),
         (["study", "signal", "nfnet_tin"], 1, ["did you mean nfnet_tiny"]),

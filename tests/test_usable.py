@@ -350,7 +350,7 @@ def _convolutions(model: nn.Module) -> list[WSConv2d]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_folding_changes_no_logits(case: str) -> None:
-    """1e-5 in float32, 1e-12 in float64; no weight-standardised convolution and no gain of one is left; idempotent."""
+    """1e-5 in float32, 1e-11 in float64; no weight-standardised convolution and no gain of one is left; idempotent."""
     model = _new(case)
     x = torch.randn(2, 3, 37, 50)
     with torch.no_grad():
@@ -362,7 +362,7 @@ def test_folding_changes_no_logits(case: str) -> None:
         assert _error(folded(x), model(x)) < 1e-5
         assert torch.equal(fold(folded)(x), folded(x))
         model.double()
-        assert _error(fold(model)(x.double()), model(x.double())) < 1e-12
+        assert _error(fold(model)(x.double()), model(x.double())) < 1e-11
 
 
 @pytest.mark.parametrize("case", FAMILIES)

@@ -78,8 +78,9 @@ def infer(
     batch_size: int,
     workers: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
+    done: Callable[[int], None] = lambda _: None,
 ) -> Outputs:
-    """Logits of every image of a source, in its order, float32 on the CPU.
+    """Logits of every image of a source, in its order, float32 on the CPU; `done` is told the batches so far.
 
     Raises:
         Interrupted: `should_stop` returned True between two batches.
@@ -96,6 +97,7 @@ def infer(
         labels.append(batch.labels[batch.valid])
         indices.append(b * batch_size + torch.nonzero(batch.valid).flatten())
         bad += batch.bad
+        done(b + 1)
     model.train(was_training)
     if not logits:
         raise UserError("there are no images to evaluate")

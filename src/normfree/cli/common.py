@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import tyro
@@ -20,7 +20,7 @@ from normfree.data.crop import Preprocessing
 from normfree.evaluate import published_preprocessing
 from normfree.models import MODELS, Network, model_config
 from normfree.models.download import PUBLISHED, find_weights
-from normfree.models.weights import is_ours, load_model, network_for
+from normfree.models.weights import is_ours, load_foreign, load_model
 from normfree.train.loop import weights_path
 from normfree.train.record import RunFolder
 
@@ -78,7 +78,7 @@ def load_trained(target: str, weights: str | None) -> Trained:
         raise UserError(f"{target} needs --weights FILE{has}")
     file = find_weights(target, weights)
     if not is_ours(file):
-        model = network_for(model_config(target), file)
+        model = load_foreign(model_config(target), file)
         return Trained(model, target, (), published_preprocessing(target), _PUBLISHED_BATCH)
     found = _load(file)
     if found.name != target:
@@ -90,13 +90,23 @@ def _load(path: Path, folder: RunFolder | None = None, run: Run | None = None) -
     if path.exists() and not is_ours(path):
         raise UserError(f"{path} is not of this program; name its model: normfree evaluate MODEL --weights {path}")
     model, about = load_model(path)
-    try:
-        preprocessing = from_dict(Preprocessing, about["preprocessing"], f"{path}: preprocessing")
-        return Trained(
-            model, about["model"], tuple(about["classes"]), preprocessing, int(about["eval_batch_size"]), folder, run
-        )
-    except (KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{path} does not say how its images are prepared: {e}") from e
+    classes, batch_size = about.get("classes", []), about.get("eval_batch_size", _PUBLISHED_BATCH)
+    if not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
+        raise UserError(f"{path}: its class names are broken")
+    if classes and len(classes) != model.config.num_classes:
+        raise UserError(f"{path} names {len(classes)} classes and has {model.config.num_classes} outputs")
+    if type(batch_size) is not int or batch_size < 1:
+        raise UserError(f"{path}: its batch size is broken")
+    return Trained(model, model.name, tuple(classes), _stored(path, model, about), batch_size, folder, run)
+
+
+def _stored(path: Path, model: Network, about: dict[str, Any]) -> Preprocessing:
+    """The preprocessing in a file's header; where it has none, that of the weights that are published for the model."""
+    if "preprocessing" in about:
+        return from_dict(Preprocessing, about["preprocessing"], f"{path}: preprocessing")
+    if model.name not in MODELS:
+        raise UserError(f"{path} does not say how its images are prepared")
+    return published_preprocessing(model.name)
 
 
 def check_device(device: str | None) -> None:

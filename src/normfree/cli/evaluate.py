@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
@@ -15,7 +17,7 @@ from normfree.data.crop import Preprocessing
 from normfree.data.sources import Source, open_validation
 from normfree.evaluate import infer, score
 from normfree.recipes.choose import device
-from normfree.runlog import percent
+from normfree.runlog import Screen, percent
 from normfree.train.record import validation_source
 
 
@@ -26,6 +28,7 @@ class _Data:
     eval_crop: str | None = None  # "center", "squash" or "pad"
     margin: int | None = None  # pixels cut off around
     antialias: bool | None = None  # of the resizing; the published NFNets are evaluated without
+    workers: int = 0  # loader processes; 0 loads in this one
 
 
 @dataclass
@@ -35,6 +38,7 @@ class _Arguments:
     target: Annotated[str, tyro.conf.Positional]  # a run folder, a weights file, or a model's name with --weights
     weights: str | None = None  # a file (ours, the authors' .npz, timm's), an address, "hub" or "authors"
     data: _Data = field(default_factory=_Data)
+    batch_size: int | None = None  # that stored with the weights if not given
     device: str | None = None  # "cpu" or "cuda"
     json: bool = False  # print one JSON object; accuracies are fractions of 1
 
@@ -47,7 +51,11 @@ def run(arguments: Sequence[str]) -> int:
     preprocessing = _preprocessing(trained.preprocessing, args.data)
     source = _source(trained, args.data.root)
     model = trained.model.to(args.device or device()[0])
-    outputs = infer(model, source, preprocessing, trained.batch_size)
+    batch = trained.batch_size if args.batch_size is None else args.batch_size
+    if batch < 1 or args.data.workers < 0:
+        raise UserError("--batch-size must be positive, and --data.workers not negative")
+    with Screen(sys.stderr).progress(math.ceil(len(source) / batch), 0) as line:
+        outputs = infer(model, source, preprocessing, batch, args.data.workers, done=line.advance)
     for index, reason in outputs.bad:
         warn(f"not counted: {source.name(index)}: {reason}")
     scores = score(outputs)

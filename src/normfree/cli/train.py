@@ -96,6 +96,9 @@ def _given(args: Any) -> dict[str, Any]:
     }
     if values.get("data.root", "digits") != "digits":  # so that other commands find the images from anywhere
         values["data.root"] = str(Path(values["data.root"]).expanduser().resolve())
+    weights = values.get("model.weights")
+    if weights not in (None, "hub", "authors") and "://" not in weights:
+        values["model.weights"] = str(Path(weights).expanduser().resolve())
     return values
 
 

@@ -45,6 +45,8 @@ class Preprocessing:
             raise UserError('the crop "pad" is always antialiased')
         if self.crop not in EVAL_CROPS:
             raise UserError(f"unknown crop {self.crop!r}; choose from {', '.join(EVAL_CROPS)}")
+        if not all(math.isfinite(v) for v in (*self.mean, *self.std)) or min(self.std) <= 0:
+            raise UserError(f"mean and std must be finite and std positive, not {self.mean} and {self.std}")
         if self.size < 1 or self.margin < 0 or (self.crop == "pad" and 2 * self.margin >= self.size):
             raise UserError(f"size {self.size} with margin {self.margin} leaves no pixels")
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from normfree.models.download import find_weights
 from normfree.models.families import MODELS, PER_STAGE, NetworkConfig
 from normfree.models.fold import fold
 from normfree.models.network import FeatureInfo, Network
-from normfree.models.weights import export_weights, load_weights, save_weights
+from normfree.models.weights import export_weights, fill_from, load_weights, save_weights
 
 __all__ = [
     "MODELS",
@@ -58,7 +59,7 @@ def create_model(
     drop_rate: float | None = None,
     stochastic_depth: float | None = None,
     skip_init: float | None = None,
-    pretrained: bool | str | Path = False,
+    pretrained: bool | str | Path | None = False,
     **options: Any,
 ) -> Network:
     """A new network, with random weights from torch's generator or with published ones.
@@ -82,15 +83,15 @@ def create_model(
     Raises:
         UserError: unknown name or option, a value out of range, or weights that cannot be had or do not fit.
     """
-    config = model_config(name)
-    if num_classes < 1 or in_chans < 1:
-        raise UserError(f"num_classes and in_chans must be positive, not {num_classes} and {in_chans}")
     given = {"drop_rate": drop_rate, "stochastic_depth": stochastic_depth, "skip_init": skip_init}
     changes = {key: value for key, value in given.items() if value is not None}
-    config = replace(config, num_classes=num_classes, in_chans=in_chans, **changes)  # type: ignore[arg-type]
-    model = Network(with_options(config, options))
-    if pretrained:
-        load_weights(model, find_weights(name, pretrained))
+    sizes = {"num_classes": num_classes, "in_chans": in_chans}
+    model = Network(with_options(model_config(name), {**options, **changes, **sizes}))
+    model.name = name
+    if pretrained is not False and pretrained is not None:
+        loaded = fill_from(model, find_weights(name, pretrained))
+        if loaded.left_out:
+            warnings.warn(str(loaded), stacklevel=2)
     return model
 
 
@@ -113,16 +114,28 @@ def parse_options(texts: Sequence[str]) -> dict[str, Any]:
     """Options as they are typed: ["squeeze=straddle", "group_width=8,8,16,16"].
 
     Raises:
-        UserError: a text without "=".
+        UserError: a text without "=", or a field that is set in another way.
     """
     options: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
+        name = name.strip().replace("-", "_")
         if not equals:
             raise UserError(f"{text!r} is not an option: write name=value, such as squeeze=straddle")
+        if name in _SET_ELSEWHERE:
+            raise UserError(f"{name} is no option of the network here: {_SET_ELSEWHERE[name]}")
         values = [_typed(v) for v in value.split(",")]
-        options[name.strip().replace("-", "_")] = values if len(values) > 1 else values[0]
+        options[name] = values if len(values) > 1 else values[0]
     return options
+
+
+_SET_ELSEWHERE = {
+    **{name: f"it has a flag of its own, --model.{name.replace('_', '-')}" for name in ("drop_rate", "skip_init")},
+    "stochastic_depth": "it has a flag of its own, --model.stochastic-depth",
+    **dict.fromkeys(("num_classes", "in_chans"), "it follows from the images"),
+    **dict.fromkeys(("train_size", "test_size"), "the images have --data.size and --data.test-size"),
+    "magnitude": "it is no part of the network",
+}
 
 
 def _typed(text: str) -> Any:

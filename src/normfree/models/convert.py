@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from normfree.config import UserError
+from normfree.models.network import Network
 from normfree.nn.conv import WSConv2d
 
 # What a node of the graph does: the class of its module, its function, or the name of its method.
@@ -109,6 +110,8 @@ def convert(model: nn.Module, *, alpha: float = 0.2, skip_init: float = 0.0) -> 
     """
     if not (math.isfinite(alpha) and alpha > 0 and math.isfinite(skip_init)):
         raise UserError(f"alpha must be positive and skip_init finite, not {alpha} and {skip_init}")
+    if isinstance(model, Network):
+        raise UserError("this is a network of ours: create the normalizer-free one of its family, such as nf_resnet50")
     if any(isinstance(m, WSConv2d) for m in model.modules()):
         raise UserError("the model already has weight-standardised convolutions")
     if not any(isinstance(m, _ANY_NORM) for m in model.modules()):

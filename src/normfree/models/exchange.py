@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from normfree.config import UserError
-from normfree.models.families import NetworkConfig
+from normfree.models.families import MODELS, NetworkConfig
 from normfree.models.network import Network
 from normfree.models.unpickle import Tree
 from normfree.nn.conv import WSConv2d
@@ -27,6 +27,7 @@ State = dict[str, Tensor]
 Namer = Callable[[str, NetworkConfig], str]
 
 _HAIKU_LEAVES = {"weight": "w", "bias": "b", "gain": "gain", "skip_gain": "skip_gain"}
+_HAIKU_BLOCKS = {"ResNet": "res_block_v2", "NF_ResNet": "nf_res_block", "NF_RegNet": "nf_block", "NFNet": "nf_block"}
 _HAIKU_NORM = {
     "weight": "scale",
     "bias": "offset",
@@ -44,14 +45,34 @@ _HAIKU_MODULES = {
 }
 
 
+# What the authors' classes leave no choice in, and timm's networks beside that.
+_FIXED: tuple[str, ...] = (
+    *("strides", "stem", "stem_pool", "stem_kernel", "stem_strides", "pointwise_groups", "shortcut", "squeeze"),
+    *("beta_first", "norm", "final", "padding", "ws_eps", "first_expansion"),
+)
+_FIXED_BY_TIMM = (*_FIXED, "second_conv", "expand_from", "alpha", "activation")
+
+
+def authors_build(config: NetworkConfig) -> bool:
+    """Whether the authors' code has the network."""
+    family = {"ResNet": "bn_resnet50", "NF_ResNet": "nf_resnet50", "NF_RegNet": "nf_regnet_b0", "NFNet": "nfnet_f0"}
+    return _agree(config, MODELS[family[haiku_root(config)]], _FIXED)
+
+
+def timm_builds(config: NetworkConfig) -> bool:
+    """Whether timm's code has the network: as dm_nfnet_*, or as what is called timm_* here."""
+    return any(_agree(config, MODELS[n], _FIXED_BY_TIMM) for n in ("nfnet_f0", "timm_nfnet_l0", "timm_nf_resnet50"))
+
+
+def _agree(a: NetworkConfig, b: NetworkConfig, fields: tuple[str, ...]) -> bool:
+    return all(getattr(a, f) == getattr(b, f) for f in fields)
+
+
 def haiku_root(config: NetworkConfig) -> str:
     """The class of the authors' code that builds the network."""
     if config.stem_pool:
         return "ResNet" if config.norm == "batch" else "NF_ResNet"
     return "NF_RegNet" if config.squeeze == "inner" else "NFNet"
-
-
-_HAIKU_BLOCKS = {"ResNet": "res_block_v2", "NF_ResNet": "nf_res_block", "NF_RegNet": "nf_block", "NFNet": "nf_block"}
 
 
 def haiku_name(ours: str, config: NetworkConfig) -> str:
@@ -66,9 +87,10 @@ def haiku_name(ours: str, config: NetworkConfig) -> str:
         rest = f"stem_conv{rest[5:]}" if len(config.stem_widths) > 1 else "initial_conv"
     if rest:
         parts.append(_HAIKU_MODULES.get(rest, rest))
-    is_norm = "norm" in rest
-    is_conv = "conv" in rest  # its bias is "bias", that of a linear layer "b"
-    leaf = _HAIKU_NORM[leaf] if is_norm else leaf if is_conv and leaf == "bias" else _HAIKU_LEAVES[leaf]
+    if "norm" in rest:
+        leaf = _HAIKU_NORM[leaf]
+    elif not ("conv" in rest and leaf == "bias"):  # a convolution's is "bias", a linear layer's "b"
+        leaf = _HAIKU_LEAVES[leaf]
     return "/~/".join(parts) + "/" + leaf
 
 
@@ -105,22 +127,31 @@ def from_haiku(tree: Tree) -> State:
     found = {}
     for module, parameters in tree.items():
         for name, array in parameters.items():
-            tensor = torch.from_numpy(np.array(array, order="C"))  # a copy: the file's bytes are read-only
+            # a copy, in this machine's byte order: the file's bytes are read-only
+            tensor = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
             if tensor.ndim == 4 and tensor.shape[:3] == (1, 1, 1):  # batch norm's statistics, (1, 1, 1, C)
                 tensor = tensor.flatten()
             elif tensor.ndim == 4:
                 tensor = tensor.permute(3, 2, 0, 1)
             elif tensor.ndim == 2:
                 tensor = tensor.T
+            if f"{module}/{name}" in found:
+                raise UserError(f"two arrays are called {module}/{name}")
             found[f"{module}/{name}"] = tensor.reshape(1) if tensor.ndim == 0 else tensor.contiguous()
     return found
 
 
 def to_haiku(model: Network) -> Tree:
-    """The tree of parameters, as the authors' code takes it. Statistics of batch norm are its `state`, not here."""
+    """The tree of parameters, as the authors' code takes it; averages of batch norm too, which are its `state` there.
+
+    Raises:
+        UserError: their code has no such network.
+    """
+    if model.folded or not authors_build(model.config):
+        raise UserError("the authors' code has no such network, so it could not take these weights")
     tree: Tree = {}
     for ours, tensor in model.state_dict().items():
-        if ours.endswith(("running_mean", "running_var", "num_batches_tracked")):
+        if ours.endswith("num_batches_tracked"):
             continue
         module, _, name = haiku_name(ours, model.config).rpartition("/")
         tensor = tensor.detach().float().cpu()
@@ -130,7 +161,7 @@ def to_haiku(model: Network) -> Tree:
             tensor = tensor.T
         elif name == "skip_gain":
             tensor = tensor.reshape(())
-        elif name in ("scale", "offset"):
+        elif name in ("scale", "offset", "average"):
             tensor = tensor.view(1, 1, 1, -1)
         tree.setdefault(module, {})[name] = np.array(tensor.numpy(), order="C")
     return tree
@@ -149,20 +180,24 @@ def from_timm(state: Mapping[str, Tensor], model: Network) -> State:
         for name in model.state_dict():
             if name.endswith(".skip_gain"):
                 found[timm_name(name, model.config)] = torch.ones(1)
-        _move_constants(found, model, towards_ours=True)
     return found
+
+
+def take_constants(state: State, model: Network) -> None:
+    """Move timm's constants to where ours are, in tensors by timm's names that fit the model; in place."""
+    if model.config.padding == "symmetric":
+        _move_constants(state, model, towards_ours=True)
 
 
 def to_timm(model: Network) -> State:
     """The state dict as timm's network of that name takes it: dm_nfnet_* for NFNets.
 
     Raises:
-        UserError: timm has no such network, or has no place for a SkipInit gain that is not 1.
+        UserError: timm's code has no such network, or no place for a SkipInit gain that is not 1.
     """
     config = model.config
-    ours_alone = config.norm == "batch" or config.squeeze in ("inner", "straddle") or config.final == "fc"
-    if ours_alone or (config.padding == "same" and haiku_root(config) != "NFNet"):
-        raise UserError("timm has no network that computes the same; it has the NFNets and what is called timm_* here")
+    if model.folded or not timm_builds(config):
+        raise UserError("timm's code has no such network; it has the NFNets and what is called timm_* here")
     state = {timm_name(n, config): t.detach().clone() for n, t in model.state_dict().items()}
     if config.padding == "symmetric":
         _move_constants(state, model, towards_ours=False)

@@ -73,6 +73,8 @@ class NetworkConfig:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} must be one of {', '.join(map(str, allowed))}, not {getattr(self, name)!r}")
+        if not (self.widths and self.stem_widths):
+            raise UserError("a network needs at least one stage and one convolution in its stem")
         for name in PER_STAGE:
             values = getattr(self, name)
             if len(values) == 1:
@@ -86,15 +88,23 @@ class NetworkConfig:
         whole = (*self.widths, *self.depths, *self.strides, *self.stem_widths, *self.stem_strides, self.in_chans)
         if min(*whole, self.stem_kernel, self.num_classes, self.pointwise_groups, self.final_width) < 1:
             raise UserError("widths, depths, strides, groups, classes and channels must be positive")
-        if max(self.widths) > 1 << 16 or sum(self.depths) > 2000:  # a file must not ask for all the memory there is
+        # a file must not ask for all the memory there is
+        if max(*self.widths, *self.stem_widths, *self.group_width) > 1 << 16 or sum(self.depths) > 2000:
             raise UserError("more than 65,536 channels or 2,000 blocks")
+        if max(self.num_classes, self.in_chans, self.final_width) > 1 << 24:
+            raise UserError("more than 16 million classes, input channels or features")
+        if max(*self.strides, *self.stem_strides, self.stem_kernel, self.alpha, abs(self.skip_init)) > 64:
+            raise UserError("strides, stem_kernel, alpha and skip_init must not be more than 64")
         numbers = (self.se_ratio, *self.expansion, self.classifier_std, self.ws_eps, self.alpha, self.skip_init)
         if not all(math.isfinite(v) for v in numbers):
             raise UserError("se_ratio, expansion, classifier_std, ws_eps, alpha and skip_init must be finite")
         if min(*self.group_width, self.se_ratio, self.classifier_std, self.ws_eps, self.magnitude) < 0:
             raise UserError("group_width, se_ratio, classifier_std, ws_eps and magnitude must not be negative")
-        if min(*self.expansion, self.alpha, self.train_size, self.test_size) <= 0:
+        first = 1.0 if self.first_expansion is None else self.first_expansion
+        if not min(*self.expansion, first, self.alpha, self.train_size, self.test_size) > 0 or not first < math.inf:
             raise UserError("expansion, alpha, train_size and test_size must be positive")
+        if max(*self.expansion, first) > 64 or self.se_ratio > 64:
+            raise UserError("expansion and se_ratio must not be more than 64")
         for rate in (self.drop_rate, self.stochastic_depth):
             if not 0.0 <= rate < 1.0:
                 raise UserError(f"drop_rate and stochastic_depth must be in [0, 1), not {rate}")

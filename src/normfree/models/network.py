@@ -53,6 +53,7 @@ class Network(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
+        self.name = ""  # in the table of models, where it is known
         self.folded = False  # by `fold`
         free = config.norm == "none"
         self.act, gamma = activation(config.activation)
@@ -171,9 +172,9 @@ class Network(nn.Module):
         Args:
             x: (N, in_chans, H, W).
             indices: stages, from 0, or from -1 at the end; a number n means the last n; None means all.
-            activated: with the activation, gamma and 1/beta, as the convolutions of the next stage see them, so that
-                each has a variance near 1; otherwise the residual stream itself. A last stage with a final
-                convolution behind it, and batch norm, has the activation alone.
+            activated: with the activation, gamma and 1/beta, as the convolutions of the next stage see them;
+                otherwise the residual stream itself. A last stage with batch norm and a final convolution behind it has
+                the activation alone.
 
         Returns:
             [(N, C, ceil(H / stride), ceil(W / stride)), ...] in the order of the indices.

@@ -28,7 +28,7 @@ class _DType:
 
     def __init__(self, code: Any, *_flags: Any) -> None:
         if not isinstance(code, str) or code.lstrip("<>=|") not in _DTYPES:
-            raise pickle.UnpicklingError(f"arrays of {code!r} are not numbers")
+            raise pickle.UnpicklingError("it has arrays of something else than numbers")
         self.code, self.order = code.lstrip("<>=|"), "<"
 
     def __setstate__(self, state: Any) -> None:
@@ -55,7 +55,7 @@ class _Array:
 
 
 def _view(content: Any, dtype: _DType, shape: Any, fortran: bool) -> NDArray[Any]:
-    if not isinstance(content, (bytes, bytearray)) or not isinstance(shape, tuple) or len(shape) > 8:
+    if not isinstance(content, bytes) or not isinstance(shape, tuple) or len(shape) > 8:
         raise pickle.UnpicklingError("an array has an unknown form")
     if not all(type(n) is int and 0 <= n < 1 << 40 for n in shape):
         raise pickle.UnpicklingError("an array has an impossible shape")
@@ -74,25 +74,50 @@ def _scalar(dtype: Any, content: Any = b"") -> _Array:
     return out
 
 
-def _encode(text: Any, _encoding: Any = None) -> bytes:
+def _encode(text: Any, encoding: Any = None) -> bytes:
     """Stands for _codecs.encode, by which protocol 2 writes bytes."""
-    if not isinstance(text, str):
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
         raise pickle.UnpicklingError("bytes have an unknown form")
     return text.encode("latin-1")
+
+
+def _from_buffer(content: Any, dtype: Any, shape: Any, order: Any) -> _Array:
+    """Stands for what protocol 5 makes arrays with."""
+    out = _Array()
+    if not isinstance(dtype, _DType) or order not in ("C", "F"):
+        raise pickle.UnpicklingError("an array has an unknown form")
+    out.array = _view(content, dtype, shape, order == "F")
+    return out
+
+
+def _empty(*arguments: Any) -> dict[str, Any]:
+    """Stands for collections.OrderedDict, which is made empty and filled later."""
+    if arguments:
+        raise pickle.UnpicklingError("a dict has an unknown form")
+    return {}
 
 
 _STUBS: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _DType,
     ("_codecs", "encode"): _encode,
-    ("collections", "OrderedDict"): dict,
+    ("collections", "OrderedDict"): _empty,
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _from_buffer for core in ("core", "_core")},
 }
 
 
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str) or len(name) > 500:
+        raise pickle.UnpicklingError("a name is no text, or too long")
+
+
 # operations that make or find objects in other ways than by the names above
-_REFUSED = ("INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID", "NEXT_BUFFER")
+_REFUSED = (
+    *("INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID", "NEXT_BUFFER"),
+    *("READONLY_BUFFER", "DICT", "EMPTY_SET", "ADDITEMS", "FROZENSET"),
+)
 _Base: Any = pickle._Unpickler  # in Python: the one in C allocates by lengths it reads
 
 
@@ -107,12 +132,28 @@ class _Unpickler(_Base):  # type: ignore[misc]
             raise pickle.UnpicklingError("it changes an object")
         super().load_build()
 
+    # A dict hashes its keys, and a tuple in a tuple in a tuple, each twice, takes exponential time for that.
+    def load_setitem(self) -> None:
+        _check_name(self.stack[-2])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        for key in self.stack[::2]:
+            _check_name(key)
+        super().load_setitems()
+
+    def load_bytearray8(self) -> None:
+        self.append(self.read(int.from_bytes(self.read(8), "little")))  # as bytes: no more than there are
+
     def load_refused(self) -> None:
         raise pickle.UnpicklingError("it has operations that arrays do not need")
 
     dispatch = {  # noqa: RUF012 (a table of the base class, made smaller)
         **_Base.dispatch,
         pickle.BUILD[0]: load_build,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
         **dict.fromkeys((getattr(pickle, name)[0] for name in _REFUSED), load_refused),
     }
 
@@ -124,25 +165,27 @@ def read_haiku(path: Path) -> Tree:
         UserError: no such file, or anything else than a dict of dicts of arrays of numbers.
     """
     try:
-        tree = _Unpickler(io.BytesIO(path.read_bytes())).load()
+        content = path.read_bytes()
+        tree = _Unpickler(io.BytesIO(content)).load()
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except MemoryError:
         raise
     except Exception as e:  # a broken program may fail in any way
         raise UserError(f"{path} is not a plain pickle of arrays: {str(e)[:200] or type(e).__name__}") from e
-    return _checked(tree, path)
+    found = _checked(tree, path)
+    if sum(a.nbytes for parameters in found.values() for a in parameters.values()) > len(content):
+        raise UserError(f"{path} has arrays under several names")
+    return found
 
 
 def _checked(tree: Any, path: Path) -> Tree:
-    if not isinstance(tree, dict) or not all(
-        isinstance(module, str) and isinstance(parameters, dict) for module, parameters in tree.items()
-    ):
+    if not isinstance(tree, dict) or not all(isinstance(parameters, dict) for parameters in tree.values()):
         raise UserError(f"{path} does not hold a dict of modules")
     found: Tree = {}
     for module, parameters in tree.items():
         for name, value in parameters.items():
-            if not isinstance(name, str) or not isinstance(value, _Array) or value.array is None:
+            if not isinstance(value, _Array) or value.array is None:
                 raise UserError(f"{path}: {module}/{name} is not an array")
             found.setdefault(module, {})[name] = value.array
     return found

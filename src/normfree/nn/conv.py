@@ -71,6 +71,8 @@ class SameConv2d(nn.Conv2d):
 
     def reset_parameters(self) -> None:
         """Weights from N(0, 1 / fan-in), biases 0."""
+        if self.weight.is_meta:  # nothing to fill, and torch would load a compiler to know so
+            return
         nn.init.normal_(self.weight, std=math.prod(self.weight.shape[1:]) ** -0.5)
         if self.bias is not None:
             nn.init.zeros_(self.bias)

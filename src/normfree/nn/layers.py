@@ -72,6 +72,9 @@ def block_dct(x: Tensor, size: int = 8) -> Tensor:
 
 def linear(in_features: int, out_features: int, std: float | None = None) -> nn.Linear:
     """A linear layer with weights from N(0, std^2), LeCun's 1/sqrt(fan-in) by default, and zero biases."""
+    if torch.get_default_device().type == "meta":
+        empty: nn.Linear = nn.utils.skip_init(nn.Linear, in_features, out_features, device="meta")
+        return empty
     layer = nn.Linear(in_features, out_features)
     nn.init.normal_(layer.weight, std=in_features**-0.5 if std is None else std)
     nn.init.zeros_(layer.bias)

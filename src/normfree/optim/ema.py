@@ -13,7 +13,8 @@ class EMA:
 
     It starts from the initial weights and t counts updates from 0, so the first decay is 0.1. The warm-up binds until
     t is about 9 / (1 - decay): with the paper's 0.99999 throughout its 112,602 steps. The copy is a module of its own,
-    `ema.module`, in evaluation mode: weights are never swapped. Buffers are copied.
+    `ema.module`, in evaluation mode: weights are never swapped. Buffers of floats, such as the running statistics of
+    batch norm, are averaged too, as in the authors' code; others are copied.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.99999) -> None:
@@ -33,5 +34,8 @@ class EMA:
         weights: list[Tensor] = list(model.parameters())
         torch._foreach_lerp_(averages, weights, 1.0 - self.decay_at(self.updates))
         for average, value in zip(self.module.buffers(), model.buffers(), strict=True):
-            average.copy_(value)
+            if average.is_floating_point():
+                average.lerp_(value, 1.0 - self.decay_at(self.updates))
+            else:
+                average.copy_(value)
         self.updates += 1

@@ -19,6 +19,7 @@ from normfree.optim import WarmupCosine
 from normfree.recipes import choose
 
 _EPOCHS, _STEPS = 30, 2000  # that small networks need to converge; a run has both if time allows
+_NATIVE = "that the weights were trained at"
 _LONG = 20_000  # steps from which SkipInit starts at 0, as in the paper
 _SAMPLE = 256  # images whose headers are read
 _CPU_SPEED, _GPU_SPEED = 15e9, 15e12  # multiply-adds a second in training, of a core and a device; orders of magnitude
@@ -43,25 +44,34 @@ def folder(given: Given, images: Source) -> Run:
     """
     facts = look(images)
     device = given.choose("train.device", *choose.device())
-    small = facts.side <= 40
-    size = given.choose("data.size", *_size(facts, device))
+    tuned = given.values.get("model.weights") is not None
+    if tuned and "model.name" not in given.values:
+        raise UserError("name the network of --model.weights with --model.name")
+    small = facts.side <= 40 and not tuned
+    native = model_config(given.values["model.name"]) if tuned else None
+    size = given.choose("data.size", *(_size(facts, device) if native is None else (native.train_size, _NATIVE)))
     name = given.choose("model.name", *_model(facts, size, device))
     options = given.values.get("model.options", ())
     config = with_options(replace(model_config(name), num_classes=len(facts.classes)), parse_options(options))
     batch = given.choose("train.batch_size", *_batch(facts, config, size, device))
     epochs = given.choose("train.epochs", *_epochs(facts, config, size, device, batch))
-    tuned = given.values.get("model.weights") is not None
-    per, source = (2048, "A.5") if tuned else (256, "A.1")  # the paper fine-tunes with an eighth of the rate
-    lr = given.choose("optim.lr", 0.1 * batch / per, f"0.1 x {batch} / {per} ({source} of the paper)")
-    optim = _optim(given, facts, lr, batch, epochs, tuned)
-    short = epochs * facts.images / batch < _LONG
+    if tuned:  # the paper fine-tunes with 0.1 at a batch of 2,048
+        lr = given.choose("optim.lr", 0.1 * batch / 2048, f"0.1 x {batch} / 2048, scaled from A.5 of the paper")
+        optim = _fine_tuning(given, config, lr, epochs)
+    else:
+        lr = given.choose("optim.lr", 0.1 * batch / 256, f"0.1 x {batch} / 256 (A.1 of the paper)")
+        optim = _optim(given, facts, config, lr, batch, epochs)
+    short = epochs * facts.images / batch < _LONG and config.norm == "none"
     wakes = "a short run: the residual branches work at once" if short and not tuned else ""
-    skip_init = given.choose("model.skip_init", 1.0 if short else 0.0, wakes)
+    skip_init = given.choose("model.skip_init", 1.0 if short else None, wakes)
+    rates = (config.drop_rate, config.stochastic_depth)
+    if tuned:
+        rates = (0.25, 0.1) if config.final != "none" else (0.0, 0.0)  # NFNets, and ResNets (A.5)
     flip, why = _flip(facts.classes)
     data = DataConfig(
         root=given.values["data.root"],
         size=size,
-        test_size=given.choose("data.test_size", size),
+        test_size=given.choose("data.test_size", size if native is None else native.test_size),
         train_crop=given.choose(
             "data.train_crop",
             "shift" if small else "box",
@@ -72,17 +82,15 @@ def folder(given: Given, images: Source) -> Run:
         zoom=0.1,
         rotate=10.0,
         flip=given.choose("data.flip", flip, why),
-        eval_crop="pad" if small else "center",
-        margin=0 if small or facts.same_shape else round(size / 8),
+        eval_crop="squash" if tuned else "pad" if small else "center",
+        margin=32 if tuned else 0 if small or facts.same_shape else round(size / 8),
         workers=given.choose("data.workers", *_workers(device)),
     )
     precision = given.choose("train.precision", "bf16" if device.startswith("cuda") else "fp32")
     train = TrainConfig(
         epochs=epochs, batch_size=batch, device=device, precision=precision, eval_batch_size=min(250, 2 * batch)
     )
-    return given.apply(
-        Run("folder", ModelConfig(name, config.drop_rate, config.stochastic_depth, skip_init), data, optim, train)
-    )
+    return given.apply(Run("folder", ModelConfig(name, *rates, skip_init), data, optim, train))
 
 
 def look(source: Source) -> Facts:
@@ -145,16 +153,27 @@ def _epochs(facts: Facts, config: NetworkConfig, size: int, device: str, batch: 
     return epochs, f"{round(epochs * facts.images / batch)} steps"
 
 
-def _optim(given: Given, facts: Facts, lr: float, batch: int, epochs: float, tuned: bool) -> OptimConfig:
+def _optim(given: Given, facts: Facts, config: NetworkConfig, lr: float, batch: int, epochs: float) -> OptimConfig:
     warmup = given.choose("optim.warmup", min(5.0, epochs / 10))
     total = max(2, math.floor(epochs * facts.images / batch))
     schedule = WarmupCosine(lr, total, min(warmup * facts.images / batch, total - 1))
     base = OptimConfig(lr=lr, clipping=0.01, warmup=warmup)
-    if tuned:
-        return replace(base, clipping=given.choose("optim.clipping", base.clipping, "the given weights are awake"))
     clipping, steps = choose.clipping_for(schedule, total, base.eps, base.momentum)
-    clipping = given.choose("optim.clipping", clipping, f"SkipInit can reach 0.1 in {steps} of {total} steps")
-    return replace(base, clipping=clipping)
+    reason = f"SkipInit can reach 0.1 in {steps} of {total} steps"
+    if config.norm == "batch":
+        reason = f"as for a normalizer-free network of {total} steps"
+    return replace(base, clipping=given.choose("optim.clipping", clipping, reason))
+
+
+def _fine_tuning(given: Given, config: NetworkConfig, lr: float, epochs: float) -> OptimConfig:
+    """A.5 but for SAM: a third of the run is warm-up, decay 1e-5 for NFNets and none for ResNets, EMA 0.9999."""
+    return OptimConfig(
+        lr=lr,
+        clipping=given.choose("optim.clipping", 0.01, "the branches of given weights are awake"),
+        warmup=given.choose("optim.warmup", epochs / 3, "a third of the run (A.5)"),
+        weight_decay=given.choose("optim.weight_decay", 1e-5 if config.final != "none" else 0.0),
+        ema_decay=given.choose("optim.ema_decay", 0.9999),
+    )
 
 
 def _flip(classes: tuple[str, ...]) -> tuple[bool, str]:

@@ -40,7 +40,7 @@ class Propagation:
 
 
 def propagation(name: str, model: Network, images: Tensor, label: str, skip_gain: float | None = 1.0) -> Propagation:
-    """Measure a network on images (N, C, H, W), with every SkipInit gain set to `skip_gain`; None leaves them.
+    """Measure a network on images (N, C, H, W), after setting every SkipInit gain to `skip_gain`; None leaves them.
 
     At initialisation the gains are 0, and nothing but the transition blocks would be seen. A prediction is given only
     for gains that are set.

@@ -17,7 +17,7 @@ from normfree.data.loader import Batch, train_batches
 from normfree.data.sources import FolderSource, Source, fingerprint
 from normfree.evaluate import Interrupted, Scores, infer, score
 from normfree.files import write_json
-from normfree.models import model_config, parse_options, with_options
+from normfree.models import Network, model_config, parse_options, with_options
 from normfree.models.download import find_weights
 from normfree.models.weights import describe, save_weights
 from normfree.runlog import ProgressLine, Screen, duration, percent
@@ -79,7 +79,8 @@ def check_run(run: Run, images: int) -> None:
         UserError: says which.
     """
     check_ranges(flat(run))
-    with_options(model_config(run.model.name), parse_options(run.model.options))
+    with torch.device("meta"):  # options that do not go together are found when the network is made
+        Network(with_options(model_config(run.model.name), parse_options(run.model.options)))
     eval_preprocessing(run)
     train_crop(run)
     if run.train.batch_size > images:
@@ -218,7 +219,7 @@ def _evaluate(job: Job, state: State, should_stop: Callable[[], bool]) -> None:
 
 
 def _about(job: Job, kind: str, step: int) -> dict[str, Any]:
-    return describe(job.run.model.name, job.learner.model) | {
+    return describe(job.learner.model) | {
         "classes": list(job.train.classes),
         "preprocessing": asdict(job.learner.preprocessing),
         "eval_batch_size": job.run.train.eval_batch_size,
@@ -254,7 +255,7 @@ def begin(job: Job) -> State:
     """The state before the first step, with the weights to start from, if the run names some."""
     model = job.run.model
     if model.weights is not None:
-        job.learner.start_from(find_weights(model.name, model.weights))
+        job.screen.say(f"starting from {job.learner.start_from(find_weights(model.name, model.weights))}")
     return State(data=_fingerprints(job), settings=settings_hash(job.run))
 
 

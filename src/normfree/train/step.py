@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,8 @@ from normfree import random
 from normfree.config import Run
 from normfree.data.crop import Preprocessing
 from normfree.data.loader import Batch
-from normfree.models import Network, create_model, load_weights, parse_options
+from normfree.models import Network, create_model, parse_options
+from normfree.models.weights import Loaded, fill_from
 from normfree.nn.layers import Draws
 from normfree.optim import AGCSGD, EMA, WarmupCosine, param_groups
 from normfree.random import Purpose
@@ -88,12 +88,11 @@ class Learner:
         for name, buffer in self._momentum().items():
             buffer.copy_(parts["momentum"][name])
 
-    def start_from(self, path: Path) -> None:
+    def start_from(self, path: Path) -> Loaded:
         """Take weights from a file, which the average starts from too. A classifier for other classes stays new."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it says so: here it is expected
-            load_weights(self.model, path)
+        loaded = fill_from(self.model, path)
         self.ema.module.load_state_dict(self.model.state_dict())
+        return loaded
 
     def _momentum(self) -> dict[str, Tensor]:
         groups = self.optimizer.param_groups
