@@ -300,7 +300,7 @@ def test_fine_tuning_as_in_the_paper(photos: Path) -> None:
     assert (m.drop_rate, m.stochastic_depth) == (0.25, 0.1)
     run = RECIPES["folder"](Given(values | {"model.weights": "x.npz", "model.name": "nf_resnet50"}), train)
     assert (run.optim.weight_decay, run.model.drop_rate, run.model.stochastic_depth) == (0.0, 0.0, 0.0)
-    with pytest.raises(UserError, match="--model.name"):
+    with pytest.raises(UserError, match="name the network"):
         RECIPES["folder"](Given({"data.root": str(photos), "model.weights": "x.npz"}), train)
 
 
