@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 from torch import nn
 
 from conftest import make_folder
+from normfree.cli import _main
 from normfree.config import Given, check_ranges, flat
-from normfree.data.sources import open_data
+from normfree.data.sources import SyntheticSource, open_data
 from normfree.models import MODELS, Network
 from normfree.models.count import multiply_adds
 from normfree.optim import AGCSGD, WarmupCosine
@@ -120,6 +122,50 @@ def test_given_values_are_kept_and_others_follow_from_them(tmp_path: Path) -> No
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_every_recipe_is_in_range(name: str, tmp_path: Path) -> None:
     """And its docstring says where it comes from."""
-    root = str(make_folder(tmp_path / "x", side=50)) if name == "folder" else "digits"
-    check_ranges(flat(RECIPES[name](Given({"data.root": root}), open_data(root, 0.2)[0])))
-    assert "Ours" in (RECIPES[name].__doc__ or "")
+    root = str(make_folder(tmp_path / "x", side=50)) if name in ("folder", "finetune") else "digits"
+    given = {"data.root": root}
+    if name == "finetune":
+        given |= {"model.weights": "none.npz", "model.name": "nfnet_f0"}
+    images = open_data(root, 0.2)[0] if name in ("digits", "folder", "finetune") else SyntheticSource(1_281_167, 1000)
+    check_ranges(flat(RECIPES[name](Given(given), images)))
+    assert re.search(r"Ours|A\.1|A\.5|4\.1", RECIPES[name].__doc__ or "")
+
+
+def test_the_papers_schedule_and_settings() -> None:
+    """A.1 in numbers: derived values are computed, and are those of the authors' configuration."""
+    imagenet = SyntheticSource(1_281_167, 1000)
+    run = RECIPES["nfnet_f1_imagenet"](Given({"data.root": "x"}), imagenet)
+    o, t, d, m = run.optim, run.train, run.data, run.model
+    assert (t.batch_size, t.epochs, o.lr, o.clipping, o.warmup) == (4096, 360.0, 1.6, 0.01, 5.0)
+    assert (o.weight_decay, o.label_smoothing, o.ema_decay, o.sam_rho) == (2e-5, 0.1, 0.99999, 0.0)
+    assert (m.drop_rate, m.stochastic_depth, d.size, d.test_size) == (0.3, 0.25, 224, 320)
+    assert (d.min_area, d.eval_crop, d.margin, d.antialias) == (0.08, "squash", 32, False)
+    sam = RECIPES["nfnet_f6_sam_imagenet"](Given({"data.root": "x"}), imagenet).optim
+    assert (sam.sam_rho, sam.sam_every, sam.sam_shards) == (0.05, 5, 128)
+    resnet = RECIPES["nf_resnet50_imagenet"](Given({"data.root": "x", "train.batch_size": 256}), imagenet)
+    assert (resnet.optim.lr, resnet.optim.clipping, resnet.train.epochs) == (0.1, 0.16, 90.0)
+    tune = RECIPES["nfnet_f4_plus_finetune"](Given({"data.root": "x"}), imagenet)
+    assert tune.train.epochs * 1_281_167 / 2048 == pytest.approx(15_000)
+    assert (tune.optim.lr, tune.optim.sam_rho, tune.model.drop_rate, tune.model.stochastic_depth) == (
+        0.1,
+        0.05,
+        0.25,
+        0.1,
+    )
+    pre = RECIPES["nf_resnet50_pretrain"](Given({"data.root": "x"}), SyntheticSource(10_000_000, 18_000))
+    assert (pre.optim.lr, pre.optim.weight_decay, pre.train.epochs, pre.optim.ema_decay) == (0.4, 1e-5, 10.0, 0.0)
+
+
+def test_a_dry_run_walks_every_part(capsys: pytest.CaptureFixture[str]) -> None:
+    """The plan, then building, training, saving and resuming, without a folder of images being there."""
+    arguments = ["train", "nf_resnet50_imagenet", "--dry-run", "--data.size", "32", "--data.test-size", "32"]
+    assert _main([*arguments, "--train.device", "cpu", "--train.batch-size", "256"]) == 0
+    out = capsys.readouterr().out
+    for words in (
+        "450,410 of 256 images",
+        "up for 25,022.79 steps",
+        "lambda 0.16",
+        "trained     2 steps",
+        "bit for bit",
+    ):
+        assert words in out, out

@@ -64,6 +64,7 @@ class DataConfig:
     margin: int  # pixels cut off around ("center", "squash": in all; "pad": the border on each side)
     mean: tuple[float, float, float] = IMAGENET_MEAN  # of RGB in [0, 1], ImageNet's
     std: tuple[float, float, float] = IMAGENET_STD
+    antialias: bool = True  # of evaluation; False resizes as the authors did, in float32
     validation: float = 0.2  # share of a folder without a val/ that is held out
     workers: int = 0  # loader processes; 0 loads in this one
     bad_images: float = 0.05  # the run stops when more than this share cannot be read
@@ -74,14 +75,22 @@ class OptimConfig:
     """The optimizer, its schedule and the loss."""
 
     lr: float  # peak
-    clipping: float  # lambda of AGC
+    clipping: float  # lambda of AGC; of Eq. 2 for "norm"
     warmup: float  # epochs of linear warm-up
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 2e-5
     eps: float = 1e-3  # floor of a weight's norm in AGC
     label_smoothing: float = 0.1
-    ema_decay: float = 0.99999
+    ema_decay: float = 0.99999  # 0 averages nothing
+    kind: str = "agc"  # "agc" is the paper's; to compare: "sgd", "norm" (SGD and Eq. 2), "lars", "adamw" (and AGC)
+    floor: float = 0.0  # learning rate at the end
+    unclipped: tuple[str, ...] = ()  # parts without AGC, as in 4.1: stem stage0 .. head, or names such as blocks.0.*
+    loss: str = "softmax"  # or "sigmoid"
+    class_weights: str = "none"  # or "balanced": every class counts alike
+    sam_rho: float = 0.0  # length of SAM's ascent step, 0.05 in the paper; 0 does without
+    sam_every: int = 5  # the ascent sees every so many-th image; 1 is full SAM
+    sam_shards: int = 1  # parts of the batch that ascend apart, as the devices of the paper did
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,9 @@ class TrainConfig:
     batch_size: int  # images of one optimizer step
     seed: int = 0
     device: str = "cpu"  # "cpu", "cuda", "cuda:1"
-    precision: str = "fp32"  # of the maps in training: "fp32" or "bf16"; weights and evaluation are fp32
+    precision: str = "fp32"  # of the maps in training: "fp32", "bf16" or "fp16"; weights and evaluation are fp32
+    micro_batch: int | None = None  # images at once, whose gradients add up to the batch's; all that fit if None
+    remat: str = "none"  # compute maps again in backward instead of keeping them: of each "block" or "stage"
     eval_batch_size: int = 250
     log_every: int = 10  # steps between lines of metrics.jsonl
 
@@ -139,7 +150,16 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("train.epochs", "in (0, 1000000]", lambda v: 0 < v <= 1e6),
     ("train.batch_size", "positive", lambda v: v > 0),
     ("train.seed", "in [0, 2^32)", lambda v: 0 <= v < 2**32),
-    ("train.precision", "fp32 or bf16", lambda v: v in ("fp32", "bf16")),
+    ("optim.kind", "agc, sgd, norm, lars or adamw", lambda v: v in ("agc", "sgd", "norm", "lars", "adamw")),
+    ("optim.floor", "not negative", lambda v: v >= 0),
+    ("optim.loss", "softmax or sigmoid", lambda v: v in ("softmax", "sigmoid")),
+    ("optim.class_weights", "none or balanced", lambda v: v in ("none", "balanced")),
+    ("optim.sam_rho", "not negative", lambda v: v >= 0),
+    ("optim.sam_every", "positive", lambda v: v > 0),
+    ("optim.sam_shards", "positive", lambda v: v > 0),
+    ("train.precision", "fp32 or bf16 or fp16", lambda v: v in ("fp32", "bf16", "fp16")),
+    ("train.micro_batch", "positive", lambda v: v is None or v > 0),
+    ("train.remat", "none, block or stage", lambda v: v in ("none", "block", "stage")),
     ("train.eval_batch_size", "positive", lambda v: v > 0),
     ("train.log_every", "positive", lambda v: v > 0),
 )

@@ -23,9 +23,11 @@ from normfree.config import (
     check_ranges,
     suggestion,
 )
-from normfree.data.sources import open_data
+from normfree.data.sources import Source, SyntheticSource, open_data
 from normfree.models import model_config
 from normfree.recipes import RECIPES
+from normfree.recipes.dry_run import plan, walk
+from normfree.recipes.paper import IMAGENET
 from normfree.runlog import Screen, duration, percent
 from normfree.train.finish import finish
 from normfree.train.loop import Job, State, Stopped, begin, check_run, fit, held_out, prepare, resume
@@ -53,6 +55,8 @@ _Arguments = dataclasses.make_dataclass(
         ("recipe", Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(help=", ".join(RECIPES))], None),
         ("run_dir", Annotated[Path | None, tyro.conf.arg(help="the run folder; runs/RECIPE-NNN if not given")], None),
         ("resume", Annotated[bool, tyro.conf.arg(help="go on with a run: the newest, or that of --run-dir")], False),
+        ("weights", Annotated[str | None, tyro.conf.arg(help="the same as --model.weights")], None),
+        ("dry_run", Annotated[bool, tyro.conf.arg(help="print the plan and try each part on synthetic images")], False),
         *((name, section, dataclasses.field(default_factory=section)) for name, section in _OPTIONAL.items()),
     ],
     namespace={"__doc__": "Train a network. Without a recipe: the bundled digits, or the folder of --data.root."},
@@ -66,6 +70,8 @@ def run(arguments: Sequence[str]) -> int:
     check_ranges(given.values)
     check_device(given.values.get("train.device"))
     screen = Screen()
+    if args.dry_run:
+        return _dry_run(args, given, screen)
     job = _reopen(args, given, screen) if args.resume else _begin(args, given, screen)
     again = f"normfree train --run-dir {job.folder.path} --resume"
     try:
@@ -96,24 +102,34 @@ def _given(args: Any) -> dict[str, Any]:
     }
     if values.get("data.root", "digits") != "digits":  # so that other commands find the images from anywhere
         values["data.root"] = str(Path(values["data.root"]).expanduser().resolve())
+    if args.weights is not None:
+        values["model.weights"] = args.weights
     weights = values.get("model.weights")
     if weights not in (None, "hub", "authors") and "://" not in weights:
         values["model.weights"] = str(Path(weights).expanduser().resolve())
     return values
 
 
-def _begin(args: Any, given: Given, screen: Screen) -> Job:
-    """A new run: everything that can be wrong is found before its folder is made."""
-    name = args.recipe or ("folder" if "data.root" in given.values else "digits")
+def _recipe(args: Any, given: Given) -> str:
+    """The name of the recipe; the nearest is suggested for one that is not there."""
+    name: str = args.recipe or ("folder" if "data.root" in given.values else "digits")
     if name not in RECIPES:
         if Path(name).is_dir():
             raise UserError(f"{name!r} is no recipe but a folder: normfree train --data.root {name}")
         raise UserError(f"unknown recipe {name!r}{suggestion(name, RECIPES) or '; choose from ' + ', '.join(RECIPES)}")
-    root = given.values.setdefault("data.root", "digits" if name == "digits" else None)
-    if root is None or (name == "digits") != (root == "digits"):
-        raise UserError("the recipe 'digits' has its own images; a folder is trained on with --data.root DIR alone")
     if "model.name" in given.values:
         model_config(given.values["model.name"])  # raises with the nearest names
+    return name
+
+
+def _begin(args: Any, given: Given, screen: Screen) -> Job:
+    """A new run: everything that can be wrong is found before its folder is made."""
+    name = _recipe(args, given)
+    root = given.values.setdefault("data.root", "digits" if name == "digits" else None)
+    if root is None:
+        raise UserError(f"the recipe {name!r} trains on a folder of images: --data.root DIR")
+    if (name == "digits") != (root == "digits"):
+        raise UserError("the recipe 'digits' has its own images; a folder is trained on with --data.root DIR alone")
     train, val = open_data(root, given.values.get("data.validation", 0.2))
     settings = RECIPES[name](given, train)
     check_run(settings, len(train))
@@ -124,6 +140,25 @@ def _begin(args: Any, given: Given, screen: Screen) -> Job:
         screen.say(f"{setting:<18} {_short(value):<14} {why}")
     RunFolder.check_free(path)
     return prepare(settings, RunFolder(path), train, val, screen)
+
+
+def _dry_run(args: Any, given: Given, screen: Screen) -> int:
+    """Print what a run would do, and walk each of its parts once."""
+    name = _recipe(args, given)
+    root = given.values.get("data.root", "digits" if name == "digits" else None)
+    if root is None:
+        given.values["data.root"] = "imagenet"  # a name in the plan; its numbers are those of ImageNet
+        train: Source = SyntheticSource(*IMAGENET[::2])
+    else:
+        given.values["data.root"] = root
+        train, _ = open_data(root, given.values.get("data.validation", 0.2))
+    settings = RECIPES[name](given, train)
+    check_run(settings, len(train))
+    for line in plan(settings, len(train), len(train.classes)):
+        screen.say(line)
+    for line in walk(settings, len(train.classes)):
+        screen.say(line)
+    return 0
 
 
 def _start(job: Job, given: Given) -> State:

@@ -116,6 +116,31 @@ class ArraySource:
         return ArraySource(self.images[indices], self.labels[indices], self.classes, names)
 
 
+@dataclass
+class SyntheticSource:
+    """Images of noise, made when they are read: for trying out a run without its images."""
+
+    images: int
+    class_count: int
+    size: int = 256  # side, in pixels
+
+    def __post_init__(self) -> None:
+        self.classes = tuple(f"class{i:05d}" for i in range(self.class_count))
+        self.labels = np.arange(self.images, dtype=np.int64) % self.class_count
+
+    def __len__(self) -> int:
+        return self.images
+
+    def name(self, index: int) -> str:
+        return f"synthetic/{index}"
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        return np.random.default_rng(index).integers(0, 256, (self.size, self.size, 3), np.uint8)
+
+    def subset(self, indices: NDArray[np.int64]) -> SyntheticSource:
+        raise NotImplementedError("synthetic images have no parts")
+
+
 def read_file(path: Path) -> bytes:
     """The content of a file. Raises BadImage, so that one unreadable file is counted like a broken one."""
     try:

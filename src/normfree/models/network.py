@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from operator import index
 from typing import NamedTuple, SupportsIndex, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from normfree.config import UserError
 from normfree.models.block import Block, Place, batch_norm, convolution
@@ -55,6 +56,7 @@ class Network(nn.Module):
         self.config = config
         self.name = ""  # in the table of models, where it is known
         self.folded = False  # by `fold`
+        self.remat = "none"  # in training, maps inside of each "block" or "stage" are computed again in backward
         free = config.norm == "none"
         self.act, gamma = activation(config.activation)
         self.gamma = gamma if free else 1.0
@@ -131,8 +133,11 @@ class Network(nn.Module):
 
     def _features(self, x: Tensor, keep: Tensor | None) -> Tensor:
         x = self._run_stem(x)
-        for i in range(len(self.blocks)):
-            x = self._run_block(i, x, keep)
+        for span in self._spans():
+            if self.remat != "none" and self.training and torch.is_grad_enabled():
+                x = checkpoint(self._run_blocks, x, keep, span, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = self._run_blocks(x, keep, span)
         if self.final_fc is not None:
             return x
         if self.final_conv is not None:
@@ -147,6 +152,25 @@ class Network(nn.Module):
         if not self.config.stem_pool or self.config.stem == "dct":
             return x
         return max_pool_same(x) if self.config.padding == "same" else F.max_pool2d(x, 3, 2, 1)
+
+    def _spans(self) -> list[range]:
+        """The blocks that are computed again together."""
+        if self.remat == "block":
+            return [range(i, i + 1) for i in range(len(self.blocks))]
+        ends = list(accumulate(self.config.depths))
+        return [range(a, b) for a, b in pairwise([0, *ends])]
+
+    def _run_blocks(self, x: Tensor, keep: Tensor | None, span: range) -> Tensor:
+        for i in span:
+            x = self._run_block(i, x, keep)
+        return x
+
+    def part_of(self, parameter: str) -> str:
+        """Where a parameter belongs, by its name: "stem", "stage0" and so on, "head"."""
+        kind, _, rest = parameter.partition(".")
+        if kind == "blocks":
+            return f"stage{cast(Block, self.blocks[int(rest.partition('.')[0])]).place.stage}"
+        return "stem" if kind.startswith("stem") else "head"
 
     def _run_block(self, i: int, x: Tensor, keep: Tensor | None) -> Tensor:
         if keep is None or self.depth_rates[i] == 0.0:

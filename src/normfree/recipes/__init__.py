@@ -10,6 +10,12 @@ from collections.abc import Callable
 from normfree.config import Given, Run
 from normfree.data.sources import Source
 from normfree.recipes.digits import digits
-from normfree.recipes.folder import folder
+from normfree.recipes.folder import finetune, folder
+from normfree.recipes.paper import PAPER
 
-RECIPES: dict[str, Callable[[Given, Source], Run]] = {"digits": digits, "folder": folder}
+RECIPES: dict[str, Callable[[Given, Source], Run]] = {
+    "digits": digits,
+    "folder": folder,
+    "finetune": finetune,
+    **PAPER,
+}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from normfree.models import Network, NetworkConfig
+from normfree.models.count import parameters
 
 LAMBDAS = (0.01, 0.02, 0.04, 0.08, 0.16)  # Section 4.1
 
@@ -45,6 +48,22 @@ def clipping_for(schedule: Callable[[int], float], total: int, eps: float, momen
     return LAMBDAS[-1], steps
 
 
+def workers(device: str) -> tuple[int, str]:
+    """Loader processes."""
+    if not device.startswith("cuda"):
+        return 0, "training uses every core"
+    return min(16, max(1, (os.cpu_count() or 2) - 1)), "one a core"
+
+
+def micro_batch(config: NetworkConfig, size: int, batch: int, device: str) -> tuple[int | None, str]:
+    """Images at once that fit into half of the free memory; None where the whole batch does."""
+    memory, n = free_memory(device), batch
+    while n > 1 and step_memory(config, size, n) > memory // 2:
+        n = -(-n // 2)
+    whole = n == batch
+    return (None if whole else n), "" if whole else f"what fits into half of the free memory, {memory / 2**30:.1f} GiB"
+
+
 def device() -> tuple[str, str]:
     """(device, why)."""
     if torch.cuda.is_available():
@@ -77,11 +96,15 @@ def step_memory(config: NetworkConfig, size: int, batch_size: int) -> int:
 
     Counted on the meta device. A quarter of the maps is added for work space.
     """
+    image, fixed = _memory_terms(config, size)
+    return image * batch_size * 5 // 4 + fixed
+
+
+@lru_cache(maxsize=32)
+def _memory_terms(config: NetworkConfig, size: int) -> tuple[int, int]:
+    """(bytes kept for each image, bytes beside)."""
     one, two = (_kept(config, size, n) for n in (1, 2))
-    maps, others = two - one, 2 * one - two
-    with torch.device("meta"):
-        weights = sum(p.numel() for p in Network(config).parameters()) * 4
-    return maps * batch_size * 5 // 4 + others + 4 * weights
+    return two - one, 2 * one - two + 4 * 4 * parameters(config)
 
 
 def _kept(config: NetworkConfig, size: int, n: int) -> int:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from normfree.config import DataConfig, Given, ModelConfig, OptimConfig, Run, TrainConfig, UserError
+from normfree.config import DataConfig, Given, ModelConfig, OptimConfig, Run, TrainConfig, UserError, from_dict
+from normfree.data.crop import Preprocessing
 from normfree.data.decode import BadImage, image_size
 from normfree.data.sources import FolderSource, Source
-from normfree.models import NetworkConfig, model_config, parse_options, with_options
+from normfree.evaluate import published_preprocessing
+from normfree.models import MODELS, NetworkConfig, model_config, parse_options, with_options
 from normfree.models.count import multiply_adds
+from normfree.models.weights import is_ours, read_weights
 from normfree.optim import WarmupCosine
 from normfree.recipes import choose
 
@@ -44,34 +47,31 @@ def folder(given: Given, images: Source) -> Run:
     """
     facts = look(images)
     device = given.choose("train.device", *choose.device())
-    tuned = given.values.get("model.weights") is not None
-    if tuned and "model.name" not in given.values:
-        raise UserError("name the network of --model.weights with --model.name")
-    small = facts.side <= 40 and not tuned
-    native = model_config(given.values["model.name"]) if tuned else None
-    size = given.choose("data.size", *(_size(facts, device) if native is None else (native.train_size, _NATIVE)))
-    name = given.choose("model.name", *_model(facts, size, device))
+    start = _start(given)
+    small = facts.side <= 40 and start is None
+    size = given.choose("data.size", *(_size(facts, device) if start is None else (start.size, _NATIVE)))
+    name = given.choose("model.name", *(_model(facts, size, device) if start is None else (start.name, _NATIVE)))
     options = given.values.get("model.options", ())
     config = with_options(replace(model_config(name), num_classes=len(facts.classes)), parse_options(options))
     batch = given.choose("train.batch_size", *_batch(facts, config, size, device))
     epochs = given.choose("train.epochs", *_epochs(facts, config, size, device, batch))
-    if tuned:  # the paper fine-tunes with 0.1 at a batch of 2,048
+    if start is not None:  # the paper fine-tunes with 0.1 at a batch of 2,048
         lr = given.choose("optim.lr", 0.1 * batch / 2048, f"0.1 x {batch} / 2048, scaled from A.5 of the paper")
         optim = _fine_tuning(given, config, lr, epochs)
     else:
         lr = given.choose("optim.lr", 0.1 * batch / 256, f"0.1 x {batch} / 256 (A.1 of the paper)")
         optim = _optim(given, facts, config, lr, batch, epochs)
     short = epochs * facts.images / batch < _LONG and config.norm == "none"
-    wakes = "a short run: the residual branches work at once" if short and not tuned else ""
+    wakes = "a short run: the residual branches work at once" if short and start is None else ""
     skip_init = given.choose("model.skip_init", 1.0 if short else None, wakes)
     rates = (config.drop_rate, config.stochastic_depth)
-    if tuned:
+    if start is not None:
         rates = (0.25, 0.1) if config.final != "none" else (0.0, 0.0)  # NFNets, and ResNets (A.5)
     flip, why = _flip(facts.classes)
     data = DataConfig(
         root=given.values["data.root"],
         size=size,
-        test_size=given.choose("data.test_size", size if native is None else native.test_size),
+        test_size=given.choose("data.test_size", size if start is None else start.evaluation.size),
         train_crop=given.choose(
             "data.train_crop",
             "shift" if small else "box",
@@ -82,15 +82,53 @@ def folder(given: Given, images: Source) -> Run:
         zoom=0.1,
         rotate=10.0,
         flip=given.choose("data.flip", flip, why),
-        eval_crop="squash" if tuned else "pad" if small else "center",
-        margin=32 if tuned else 0 if small or facts.same_shape else round(size / 8),
-        workers=given.choose("data.workers", *_workers(device)),
+        eval_crop="pad" if small else "center",
+        margin=0 if small or facts.same_shape else round(size / 8),
+        workers=given.choose("data.workers", *choose.workers(device)),
     )
+    if start is not None:
+        e = start.evaluation
+        data = replace(data, eval_crop=e.crop, margin=e.margin, mean=e.mean, std=e.std)
     precision = given.choose("train.precision", "bf16" if device.startswith("cuda") else "fp32")
     train = TrainConfig(
         epochs=epochs, batch_size=batch, device=device, precision=precision, eval_batch_size=min(250, 2 * batch)
     )
     return given.apply(Run("folder", ModelConfig(name, *rates, skip_init), data, optim, train))
+
+
+@dataclass(frozen=True)
+class _Start:
+    """The weights that a run starts from: their network, its training size, and how its images are prepared."""
+
+    name: str
+    size: int
+    evaluation: Preprocessing
+
+
+def _start(given: Given) -> _Start | None:
+    """What the file of --model.weights says of itself; for others' files, what is published for the named model."""
+    weights, name = given.values.get("model.weights"), given.values.get("model.name")
+    if weights is None:
+        return None
+    if Path(weights).is_file() and is_ours(Path(weights)):
+        _, about = read_weights(Path(weights))
+        name = str(about.get("model", "")) if name is None else name
+        if "preprocessing" in about and name in MODELS:
+            evaluation = from_dict(Preprocessing, about["preprocessing"], f"{weights}: preprocessing")
+            return _Start(name, evaluation.size, evaluation)
+    if name is None:
+        raise UserError("name the network of --model.weights with --model.name")
+    return _Start(name, model_config(name).train_size, published_preprocessing(name))
+
+
+def finetune(given: Given, images: Source) -> Run:
+    """A folder of images, from the weights of --weights: `folder` with the settings of A.5, scaled to the data.
+
+    Command: normfree train finetune --weights FILE --data.root ROOT.
+    """
+    if given.values.get("model.weights") is None:
+        raise UserError("name the weights to start from with --weights FILE")
+    return replace(folder(given, images), recipe="finetune")
 
 
 def look(source: Source) -> Facts:
@@ -184,9 +222,3 @@ def _flip(classes: tuple[str, ...]) -> tuple[bool, str]:
     if any("left" in w for w in words) and any("right" in w for w in words):
         return False, "classes named left and right"
     return True, "no class name speaks against it"
-
-
-def _workers(device: str) -> tuple[int, str]:
-    if not device.startswith("cuda"):
-        return 0, "training uses every core"
-    return min(16, max(1, (os.cpu_count() or 2) - 1)), "one a core"

@@ -20,11 +20,13 @@ from normfree.files import write_json
 from normfree.models import Network, model_config, parse_options, with_options
 from normfree.models.download import find_weights
 from normfree.models.weights import describe, save_weights
+from normfree.optim import param_groups
 from normfree.runlog import ProgressLine, Screen, duration, percent
 from normfree.train.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
+from normfree.train.loss import balanced_weights
 from normfree.train.record import RunFolder
 from normfree.train.signals import StopRequest
-from normfree.train.step import Learner, build_learner
+from normfree.train.step import Learner, Outcome, build_learner, unclipped_names
 
 
 class Diverged(UserError):
@@ -44,6 +46,10 @@ class State:
     """What a checkpoint holds beside the tensors."""
 
     step: int = 0  # optimizer steps done
+    taken: int = 0  # batches used for them: more, where float16 overflowed and a step was left out
+    micro_batch: int | None = None  # images at once
+    loss_scale: dict[str, float] = field(default_factory=dict)  # of float16
+    clipped: dict[str, list[int]] = field(default_factory=dict)  # units clipped and looked at since the last evaluation
     evaluated: int = -1  # the step of the last evaluation
     best: tuple[float, float] = (-1.0, 0.0)  # (top-1, -loss) of the best weights so far
     best_is: str = ""  # "raw" or "ema", and the step
@@ -80,7 +86,11 @@ def check_run(run: Run, images: int) -> None:
     """
     check_ranges(flat(run))
     with torch.device("meta"):  # options that do not go together are found when the network is made
-        Network(with_options(model_config(run.model.name), parse_options(run.model.options)))
+        model = Network(with_options(model_config(run.model.name), parse_options(run.model.options)))
+    try:
+        param_groups(model, overrides=unclipped_names(model, run.optim.unclipped))
+    except ValueError as e:
+        raise UserError(f"optim.unclipped: {e}") from None
     eval_preprocessing(run)
     train_crop(run)
     if run.train.batch_size > images:
@@ -94,13 +104,16 @@ def prepare(run: Run, folder: RunFolder, train: Source, val: Source, screen: Scr
     ends = {min(total, math.ceil(e * per_epoch)) for e in range(1, math.ceil(run.train.epochs) + 1)}
     preprocessing = eval_preprocessing(run)
     learner = build_learner(run, len(train.classes), total, per_epoch, preprocessing)
+    if run.optim.class_weights == "balanced":
+        weights = balanced_weights(torch.from_numpy(train.labels), len(train.classes))
+        learner.class_weights = weights.to(run.train.device)
     return Job(run, folder, train, val, train_crop(run), learner, total, frozenset(ends | {total}), screen)
 
 
 def eval_preprocessing(run: Run) -> Preprocessing:
     """What evaluation does to an image, and what is stored with the weights."""
     d = run.data
-    return Preprocessing(d.test_size, d.eval_crop, d.margin, d.mean, d.std)
+    return Preprocessing(d.test_size, d.eval_crop, d.margin, d.mean, d.std, d.antialias)
 
 
 def train_crop(run: Run) -> TrainCrop:
@@ -120,7 +133,7 @@ def fit(job: Job, state: State) -> State:
     """
     began = time.monotonic() - state.seconds
     sums = torch.tensor(state.sums, dtype=torch.float64, device=job.run.train.device)
-    batches = _batches(job, state.step)
+    batches = _batches(job, state.taken)
     with StopRequest() as stop, job.screen.progress(job.total, state.step) as line:
         while True:
             evaluated = state.step in job.evaluate_at and state.evaluated != state.step
@@ -135,9 +148,13 @@ def fit(job: Job, state: State) -> State:
             if state.step == job.total:
                 return state
             batch = next(batches)
-            sums += job.learner.step(batch, state.step)
-            state.step, state.images = state.step + 1, state.images + len(batch.labels)
+            outcome = _step(job, batch, state)
+            state.taken += 1
             _note_bad(job, state, batch)
+            if not outcome.applied:
+                continue
+            sums += outcome.sums
+            state.step, state.images = state.step + 1, state.images + len(batch.labels)
             line.advance(state.step)
             if state.step % job.run.train.log_every == 0 or state.step in job.evaluate_at:
                 state.seconds = time.monotonic() - began
@@ -146,9 +163,19 @@ def fit(job: Job, state: State) -> State:
                 state.images, state.line_seconds = 0, state.seconds
 
 
+def _step(job: Job, batch: Batch, state: State) -> Outcome:
+    """A step, and a word if the batch had to be split."""
+    before = job.learner.micro_batch
+    outcome = job.learner.step(batch, state.taken, state.step)
+    if job.learner.micro_batch != before:
+        job.screen.say(f"out of memory: from here on {job.learner.micro_batch} images at once, added up to the batch")
+    return outcome
+
+
 def _batches(job: Job, start: int) -> Iterator[Batch]:
     t = job.run.train
-    steps, pin = range(start, job.total), t.device.startswith("cuda")
+    # float16 may leave steps out, which are made up for with further batches
+    steps, pin = range(start, 2 * job.total if t.precision == "fp16" else job.total), t.device.startswith("cuda")
     return train_batches(job.train, job.crop, t.seed, t.batch_size, steps, job.run.data.workers, pin)
 
 
@@ -210,7 +237,7 @@ def _evaluate(job: Job, state: State, should_stop: Callable[[], bool]) -> None:
             save_weights(model, job.folder.weights, _about(job, kind, state.step))
     state.evaluated, state.last = state.step, {kind: s.as_dict() for kind, s in scores.items()}
     epoch = state.step * job.run.train.batch_size / len(job.train)
-    line = {"kind": "eval", "step": state.step, "epoch": epoch}
+    line = {"kind": "eval", "step": state.step, "epoch": epoch, "clipped": job.learner.clipped_shares()}
     job.folder.append_metrics(line | state.last)
     job.screen.say(
         f"epoch {epoch:5.1f}  top-1 {percent(scores['raw'].top1)}, averaged {percent(scores['ema'].top1)}  "
@@ -248,6 +275,10 @@ def _note_bad(job: Job, state: State, batch: Batch) -> None:
 def _save(job: Job, state: State) -> None:
     if not math.isfinite(state.sums[0]):
         raise Diverged(_diagnosis(job, state))
+    state.micro_batch = job.learner.micro_batch
+    state.clipped = {n: [int(clipped), units] for n, (clipped, units) in job.learner.clipped.items()}
+    if job.learner.scaler is not None:
+        state.loss_scale = job.learner.scaler.state_dict()
     save_checkpoint(job.folder.checkpoints, state.step, job.learner.tensors(), asdict(state))
 
 
@@ -280,7 +311,12 @@ def resume(job: Job) -> State:
             f"the images in {job.run.data.root} are not those that {job.folder.path} was started with, so it cannot go "
             "on as it was; put them back, or start a new run"
         )
-    job.learner.load_tensors(checkpoint.tensors, state.step)
+    learner = job.learner
+    learner.load_tensors(checkpoint.tensors, state.step)
+    learner.micro_batch = state.micro_batch
+    learner.clipped = {n: (torch.tensor(clipped), units) for n, (clipped, units) in state.clipped.items()}
+    if learner.scaler is not None and state.loss_scale:
+        learner.scaler.load_state_dict(state.loss_scale)
     job.folder.truncate_metrics(state.step, state.evaluated)
     job.screen.say(f"resumed {job.folder.path} at step {state.step} of {job.total}")
     return state

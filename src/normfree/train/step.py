@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from normfree import random
-from normfree.config import Run
+from normfree.config import Run, UserError
 from normfree.data.crop import Preprocessing
 from normfree.data.loader import Batch
 from normfree.models import Network, create_model, parse_options
 from normfree.models.weights import Loaded, fill_from
 from normfree.nn.layers import Draws
-from normfree.optim import AGCSGD, EMA, WarmupCosine, param_groups
+from normfree.optim import AGCSGD, EMA, LARS, SAM, WarmupCosine, clip_grad_agc_, param_groups
 from normfree.random import Purpose
+from normfree.train.loss import hits, sample_losses
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Outcome(NamedTuple):
+    """What a step did. sums: (4,) float64 on the device: of losses, correct predictions, clipped units, units.
+
+    applied: False where float16 overflowed and the weights were left alone.
+    """
+
+    sums: Tensor
+    applied: bool
 
 
 @dataclass
@@ -29,44 +41,130 @@ class Learner:
 
     model: Network
     ema: EMA
-    optimizer: AGCSGD
+    optimizer: torch.optim.Optimizer
     schedule: WarmupCosine
     preprocessing: Preprocessing  # its mean and std serve training too
     run: Run
+    class_weights: Tensor | None = None
+    micro_batch: int | None = None  # images at once; falls when memory runs out
+    sam: SAM | None = None
+    scaler: torch.amp.GradScaler | None = None
+    clipped: dict[str, tuple[Tensor, int]] = field(default_factory=dict)  # (clipped, looked at) units by tensor
 
-    def step(self, batch: Batch, step: int) -> Tensor:
-        """Update the weights and their average on a batch; `step` counts from 0.
+    def step(self, batch: Batch, taken: int, applied: int) -> Outcome:
+        """Update the weights and their average on a batch.
 
-        Returns:
-            (4,) float64 on the device: sum of the losses, correct predictions, clipped units, units.
+        Args:
+            batch: its images may be fewer than usual.
+            taken: batches before this one, which key the random masks.
+            applied: steps before this one that changed the weights, which give the learning rate.
         """
-        train, device = self.run.train, self.model.fc.weight.device
-        images = batch.images.to(device, non_blocking=True)
-        labels = batch.labels.to(device, non_blocking=True)
-        x = self.preprocessing.normalize(images, PRECISIONS[train.precision])
-        logits = self.model(x, self._draws(step, len(labels)))
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.run.optim.label_smoothing)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule(step)
-        self.optimizer.step()
-        self.ema.update(self.model)
-        hits = (logits.argmax(1) == labels).sum()
-        clipped, units = self.optimizer.clipped_units()
-        counts = torch.stack([loss.detach().double() * len(labels), hits.double(), clipped.double()])
-        return torch.cat([counts, counts.new_full((1,), units)])
+        while True:
+            try:
+                return self._step(batch, taken, applied)
+            except (RuntimeError, MemoryError) as e:
+                if not _is_out_of_memory(e) or min(len(batch.labels), self.micro_batch or len(batch.labels)) == 1:
+                    raise
+                self._split(len(batch.labels))
 
-    def _draws(self, step: int, n: int) -> Draws:
+    def _split(self, images: int) -> None:
+        """Forget the step that did not fit, and take half as many images at once from now on."""
+        if self.sam is not None:
+            self.sam.restore()
+        self.optimizer.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.micro_batch = max(1, min(self.micro_batch or images, images) // 2)
+
+    def _step(self, batch: Batch, taken: int, applied: int) -> Outcome:
+        device = self.model.fc.weight.device
+        images = batch.images.to(device, non_blocking=True)
+        targets = batch.labels.to(device, non_blocking=True)
+        work = _Work(images, targets, self._draws(taken, len(targets)))
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = self._gradients(work)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule(applied)
+        if not self._update():
+            return Outcome(torch.cat([sums, sums.new_zeros(2)]), applied=False)
+        self.ema.update(self.model)
+        clipped, units = self._count_clipped()
+        return Outcome(torch.cat([sums, torch.stack([clipped, torch.full_like(clipped, units)])]), applied=True)
+
+    def _gradients(self, work: _Work) -> Tensor:
+        """Leave the mean gradient over the batch in the parameters; with SAM, of each shard at its ascent point."""
+        o, n = self.run.optim, len(work.targets)
+        if self.sam is None:
+            return self._backward(work, range(n), n)
+        sums = torch.zeros(2, dtype=torch.float64, device=work.images.device)
+        shards = min(o.sam_shards, n)
+        for s in range(shards):
+            slots = range(s * n // shards, (s + 1) * n // shards)
+            few = slots[:: o.sam_every]
+            with self.sam.ascent():
+                self._backward(work, few, len(few))
+            with self.sam.descent():
+                sums += self._backward(work, slots, n)
+        return sums
+
+    def _backward(self, work: _Work, slots: range, n: int) -> Tensor:
+        """Add the gradient of (sum of the slots' losses) / n; returns (2,) sums of losses and correct predictions."""
+        o, dtype = self.run.optim, PRECISIONS[self.run.train.precision]
+        sums = torch.zeros(2, dtype=torch.float64, device=work.images.device)
+        for part in _parts(slots, self.micro_batch):
+            images, targets, draws = work.at(part)
+            logits = self.model(self.preprocessing.normalize(images, dtype), draws)
+            losses = sample_losses(logits, targets, o.loss, o.label_smoothing, self.class_weights)
+            loss = losses.sum() / n
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            sums += torch.stack([losses.detach().double().sum(), hits(logits, targets).double()])
+        return sums
+
+    def _update(self) -> bool:
+        """Clip and step, gradients unscaled first; False if float16 overflowed, and nothing was done."""
+        o = self.run.optim
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        if o.kind == "norm":
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), o.clipping)
+        elif o.kind == "adamw":
+            groups = [{**g, "params": g["params"]} for g in self.optimizer.param_groups]
+            clip_grad_agc_(groups, clipping=o.clipping, eps=o.eps)
+        if self.scaler is None:
+            self.optimizer.step()
+            return True
+        before = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return self.scaler.get_scale() >= before
+
+    def _count_clipped(self) -> tuple[Tensor, int]:
+        device = self.model.fc.weight.device
+        if not isinstance(self.optimizer, AGCSGD):
+            return torch.zeros((), dtype=torch.float64, device=device), 0
+        names, clipped, units = self.optimizer.clipped_by_name()
+        for name, count, all_units in zip(names, clipped, units, strict=True):
+            before, looked_at = self.clipped.get(name, (torch.zeros_like(count), 0))
+            self.clipped[name] = (before.to(count.device) + count, looked_at + all_units)
+        total, looked_at = self.optimizer.clipped_units()
+        return total.double().to(device), looked_at
+
+    def clipped_shares(self) -> dict[str, float]:
+        """The share of clipped units of each tensor since this was last asked."""
+        shares = {n: int(clipped) / units for n, (clipped, units) in self.clipped.items()}
+        self.clipped = {}
+        return shares
+
+    def _draws(self, taken: int, n: int) -> Draws:
         """The masks of dropout and stochastic depth, by (seed, step, slot, layer)."""
         config, seed, slots = self.model.config, self.run.train.seed, np.arange(n)
         device = self.model.fc.weight.device
         keep = dropout = None
         if config.stochastic_depth > 0:
-            draws = random.uniform(seed, Purpose.DEPTH, step, slots, n=len(self.model.blocks))
+            draws = random.uniform(seed, Purpose.DEPTH, taken, slots, n=len(self.model.blocks))
             keep = torch.from_numpy(draws).to(device)
         if config.drop_rate > 0:
-            draws = random.uniform(seed, Purpose.DROPOUT, step, slots, n=self.model.num_features)
+            draws = random.uniform(seed, Purpose.DROPOUT, taken, slots, n=self.model.num_features)
             dropout = torch.from_numpy(draws).to(device)
         return self.model.draws(n, keep, dropout)
 
@@ -74,19 +172,25 @@ class Learner:
         """Everything that a checkpoint must hold, by name."""
         found = {f"model.{n}": t for n, t in self.model.state_dict().items()}
         found |= {f"ema.{n}": t for n, t in self.ema.module.state_dict().items()}
-        return found | {f"momentum.{n}": t for n, t in self._momentum().items()}
+        for name, p in self._optimized():
+            for key, value in self.optimizer.state[p].items():
+                found[f"{key}.{name}"] = value
+        return found
 
-    def load_tensors(self, tensors: dict[str, Tensor], step: int) -> None:
-        """Take over what `tensors` returned after `step` steps."""
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "momentum": {}}
+    def load_tensors(self, tensors: dict[str, Tensor], applied: int) -> None:
+        """Take over what `tensors` returned after so many steps."""
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
-            parts[part][rest] = tensor
-        self.model.load_state_dict(parts["model"])
-        self.ema.module.load_state_dict(parts["ema"])
-        self.ema.updates = step
-        for name, buffer in self._momentum().items():
-            buffer.copy_(parts["momentum"][name])
+            parts.setdefault(part, {})[rest] = tensor
+        self.model.load_state_dict(parts.pop("model"))
+        self.ema.module.load_state_dict(parts.pop("ema"))
+        self.ema.updates = applied
+        for name, p in self._optimized():
+            for key, values in parts.items():
+                if name in values:
+                    value = values[name]
+                    self.optimizer.state[p][key] = value.to(p.device) if value.ndim else value
 
     def start_from(self, path: Path) -> Loaded:
         """Take weights from a file, which the average starts from too. A classifier for other classes stays new."""
@@ -94,15 +198,39 @@ class Learner:
         self.ema.module.load_state_dict(self.model.state_dict())
         return loaded
 
-    def _momentum(self) -> dict[str, Tensor]:
-        groups = self.optimizer.param_groups
-        return {n: self.optimizer.momentum(p) for g in groups for n, p in zip(g["names"], g["params"], strict=True)}
+    def _optimized(self) -> Iterator[tuple[str, Tensor]]:
+        for group in self.optimizer.param_groups:
+            yield from zip(group["names"], group["params"], strict=True)
+
+
+class _Work(NamedTuple):
+    """A batch on the device: images (N, 3, H, W), targets, and the masks of each slot."""
+
+    images: Tensor
+    targets: Tensor
+    draws: Draws
+
+    def at(self, slots: range) -> tuple[Tensor, Tensor, Draws]:
+        where = slice(slots.start, slots.stop, slots.step)
+        keep, dropout = (None if d is None else d[where] for d in self.draws)
+        return self.images[where], self.targets[where], Draws(keep, dropout)
+
+
+def _parts(slots: range, size: int | None) -> Iterator[range]:
+    """The slots, at most so many at once."""
+    size = size or len(slots)
+    return (slots[i : i + size] for i in range(0, len(slots), size))
+
+
+def _is_out_of_memory(e: BaseException) -> bool:
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(e, (torch.cuda.OutOfMemoryError, MemoryError)) or any(w in str(e) for w in words)
 
 
 def build_learner(run: Run, classes: int, steps: int, steps_per_epoch: float, preprocessing: Preprocessing) -> Learner:
     """A learner at its start; the weights are drawn from torch's generator, seeded with the run's seed."""
     torch.manual_seed(run.train.seed)
-    m, o = run.model, run.optim
+    m, o, t = run.model, run.optim, run.train
     model = create_model(
         m.name,
         classes,
@@ -111,8 +239,38 @@ def build_learner(run: Run, classes: int, steps: int, steps_per_epoch: float, pr
         skip_init=m.skip_init,
         **parse_options(m.options),
     )
-    model = model.to(device=run.train.device)
-    groups = param_groups(model, weight_decay=o.weight_decay, clipping=o.clipping)
-    optimizer = AGCSGD(groups, lr=o.lr, momentum=o.momentum, nesterov=o.nesterov, eps=o.eps)
-    schedule = WarmupCosine(o.lr, steps, min(o.warmup * steps_per_epoch, steps - 1))
-    return Learner(model.train(), EMA(model, o.ema_decay), optimizer, schedule, preprocessing, run)
+    model = model.to(device=t.device).train()
+    model.remat = t.remat
+    schedule = WarmupCosine(o.lr, steps, min(o.warmup * steps_per_epoch, steps - 1), floor=o.floor)
+    learner = Learner(model, EMA(model, o.ema_decay), _optimizer(run, model), schedule, preprocessing, run)
+    scaler = torch.amp.GradScaler(t.device.partition(":")[0]) if t.precision == "fp16" else None
+    sam = SAM(model.parameters(), o.sam_rho) if o.sam_rho > 0 else None
+    return replace(learner, micro_batch=t.micro_batch, scaler=scaler, sam=sam)
+
+
+def _optimizer(run: Run, model: Network) -> torch.optim.Optimizer:
+    o = run.optim
+    clipping = o.clipping if o.kind in ("agc", "adamw") else None
+    groups: Any = param_groups(model, o.weight_decay, clipping, overrides=unclipped_names(model, o.unclipped))
+    if o.kind == "lars":
+        return LARS(groups, lr=o.lr, momentum=o.momentum)
+    if o.kind == "adamw":
+        return torch.optim.AdamW(groups, lr=o.lr)
+    return AGCSGD(groups, lr=o.lr, momentum=o.momentum, nesterov=o.nesterov, clipping=clipping, eps=o.eps)
+
+
+def unclipped_names(model: Network, parts: tuple[str, ...]) -> dict[str, None]:
+    """Overrides for `param_groups` that exempt parts of a network, "stem", "stage0", .., "head", or patterns of names.
+
+    Raises:
+        UserError: a part that the network does not have.
+    """
+    names = [n for n, _ in model.named_parameters()]
+    known = {model.part_of(n) for n in names}
+    found: dict[str, None] = {}
+    for part in parts:
+        of_part = [n for n in names if model.part_of(n) == part]
+        if part.startswith(("stem", "stage", "head")) and "." not in part and not of_part:
+            raise UserError(f"the network has no part {part!r}; its parts are {', '.join(sorted(known))}")
+        found |= dict.fromkeys(of_part or [part])
+    return found

@@ -1,0 +1,156 @@
+"""The paper's own runs: ImageNet (Section 4.1, A.1), large-scale pre-training and fine-tuning (A.5).
+
+What the sources do not give is marked "ours". MixUp, CutMix and RandAugment are not part of the input yet: these runs
+see crops and flips alone. No result is measured here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from normfree.config import DataConfig, Given, ModelConfig, OptimConfig, Run, TrainConfig
+from normfree.data.sources import Source
+from normfree.models import model_config
+from normfree.recipes import choose
+
+IMAGENET = (1_281_167, 50_000, 1000)  # training and validation images, classes
+Recipe = Callable[[Given, Source], Run]
+
+# lambda by batch size: 4.1 finds that larger batches want smaller ones and tries these; which for which is ours
+_LAMBDAS = {256: 0.16, 512: 0.08, 1024: 0.04, 2048: 0.02, 4096: 0.01}
+
+
+def nfnet_imagenet(name: str, sam: bool = False) -> Recipe:
+    """360 epochs at batch 4,096 (A.1); with SAM as A.4 has it."""
+
+    def recipe(given: Given, images: Source) -> Run:  # noqa: ARG001 (as every recipe)
+        c = model_config(name)
+        batch = given.choose("train.batch_size", 4096, "A.1")
+        optim = OptimConfig(
+            lr=given.choose("optim.lr", 0.1 * batch / 256, f"0.1 x {batch} / 256 (A.1)"),
+            clipping=given.choose("optim.clipping", 0.01, "for batches of 1,024 to 4,096 (5.1)"),
+            warmup=5.0,
+            weight_decay=2e-5,
+            sam_rho=0.05 if sam else 0.0,
+            sam_shards=max(1, batch // 32),  # the paper's devices held 32 images each
+        )
+        train = _train(given, name, batch, 360.0)
+        model = ModelConfig(name, c.drop_rate, c.stochastic_depth)
+        return given.apply(Run(f"{name}_imagenet", model, _data(given, c.train_size, c.test_size), optim, train))
+
+    recipe.__doc__ = f"{name} on ImageNet, 360 epochs{', with SAM' if sam else ''} (A.1). Here: not measured."
+    return recipe
+
+
+def nf_resnet_imagenet(name: str) -> Recipe:
+    """90 epochs at batches of 256 to 4,096 (4.1)."""
+
+    def recipe(given: Given, images: Source) -> Run:  # noqa: ARG001 (as every recipe)
+        c = model_config(name)
+        batch = given.choose("train.batch_size", 1024, "4.1 has 256 to 4,096")
+        clipping = _LAMBDAS[min(_LAMBDAS, key=lambda b: abs(b - batch))]
+        optim = OptimConfig(
+            lr=given.choose("optim.lr", 0.1 * batch / 256, f"0.1 x {batch} / 256 (4.1)"),
+            clipping=given.choose("optim.clipping", clipping, "one of those of 4.1; which for this batch is ours"),
+            warmup=5.0,  # ours, after A.1
+            weight_decay=given.choose("optim.weight_decay", 5e-5, "ours: 4.1 does not say"),
+        )
+        train = _train(given, name, batch, 90.0)
+        model = ModelConfig(name, c.drop_rate, c.stochastic_depth)
+        return given.apply(Run(f"{name}_imagenet", model, _data(given, 224, 224), optim, train))
+
+    recipe.__doc__ = f"{name} on ImageNet, 90 epochs (Section 4.1). Here: not measured."
+    return recipe
+
+
+def pretrain(name: str, epochs: float) -> Recipe:
+    """On a large set of labelled images: 224 px, crops and flips only, no average (A.5)."""
+
+    def recipe(given: Given, images: Source) -> Run:
+        c = model_config(name)
+        nfnet = name.startswith("nfnet")
+        batch = given.choose("train.batch_size", 4096 if nfnet else 1024, "A.5")
+        warmup = 5.0 if nfnet else 5000 * batch / len(images)
+        optim = OptimConfig(
+            lr=given.choose("optim.lr", 0.1 * batch / 256, f"0.1 x {batch} / 256 (A.5)"),
+            clipping=given.choose("optim.clipping", 0.01, "as on ImageNet"),
+            warmup=given.choose("optim.warmup", min(warmup, epochs / 2), "A.5: 5 epochs, ResNets 5,000 steps"),
+            weight_decay=1e-6 if nfnet else 1e-5,
+            ema_decay=0.0,
+        )
+        train = _train(given, name, batch, epochs)
+        model = ModelConfig(name, c.drop_rate, c.stochastic_depth)
+        return given.apply(Run(f"{name}_pretrain", model, _data(given, 224, 224), optim, train))
+
+    recipe.__doc__ = f"{name}, {epochs:g} epochs of large-scale pre-training (A.5). Here: not measured."
+    return recipe
+
+
+def finetune(name: str) -> Recipe:
+    """15,000 steps at batch 2,048 from pre-trained weights, at 224, 320 or 384 px (A.5)."""
+
+    def recipe(given: Given, images: Source) -> Run:
+        nfnet = name.startswith("nfnet")
+        batch = given.choose("train.batch_size", 2048, "A.5")
+        size = given.choose("data.size", 384, "A.5 has 224, 320 and 384")
+        epochs = given.choose("train.epochs", 15_000 * batch / len(images), "15,000 steps (A.5)")
+        optim = OptimConfig(
+            lr=0.1,
+            clipping=given.choose("optim.clipping", 0.01, "as on ImageNet"),
+            warmup=given.choose("optim.warmup", epochs / 3, "5,000 of 15,000 steps (A.5)"),
+            weight_decay=1e-5 if nfnet else 0.0,
+            ema_decay=0.9999,
+            sam_rho=0.05 if nfnet else 0.0,
+            sam_shards=max(1, batch // 32),
+        )
+        train = _train(given, name, batch, epochs)
+        model = ModelConfig(name, *((0.25, 0.1) if nfnet else (0.0, 0.0)))
+        return given.apply(Run(f"{name}_finetune", model, _data(given, size, size), optim, train))
+
+    recipe.__doc__ = f"{name}, fine-tuned for 15,000 steps from --weights (A.5). Here: not measured."
+    return recipe
+
+
+def _data(given: Given, size: int, test_size: int) -> DataConfig:
+    return DataConfig(
+        root=given.values["data.root"],
+        size=size,
+        test_size=given.choose("data.test_size", test_size),
+        train_crop="box",
+        min_area=0.08,
+        shift=0,
+        zoom=0.0,
+        rotate=0.0,
+        flip=True,
+        eval_crop="squash",
+        margin=32,
+        antialias=False,
+        workers=given.choose("data.workers", *choose.workers(given.choose("train.device", *choose.device()))),
+    )
+
+
+def _train(given: Given, name: str, batch: int, epochs: float) -> TrainConfig:
+    device = given.choose("train.device", *choose.device())
+    config, size = model_config(name), given.values.get("data.size", model_config(name).train_size)
+    micro, why = choose.micro_batch(replace(config), size, batch, device)
+    return TrainConfig(
+        epochs=epochs,
+        batch_size=batch,
+        device=device,
+        precision=given.choose("train.precision", "bf16" if device.startswith("cuda") else "fp32", "A.1 has bf16"),
+        micro_batch=given.choose("train.micro_batch", micro, why),
+        eval_batch_size=50,
+    )
+
+
+PAPER: dict[str, Recipe] = {
+    **{f"nfnet_f{n}_imagenet": nfnet_imagenet(f"nfnet_f{n}") for n in range(7)},
+    **{f"nfnet_f{n}_sam_imagenet": nfnet_imagenet(f"nfnet_f{n}", sam=True) for n in (5, 6)},
+    **{f"nf_resnet{n}_imagenet": nf_resnet_imagenet(f"nf_resnet{n}") for n in (50, 101, 152, 200)},
+    "nfnet_f4_pretrain": pretrain("nfnet_f4", 40.0),
+    "nfnet_f4_plus_pretrain": pretrain("nfnet_f4_plus", 20.0),
+    **{f"nf_resnet{n}_pretrain": pretrain(f"nf_resnet{n}", 10.0) for n in (50, 101, 152, 200)},
+    **{f"{n}_finetune": finetune(n) for n in ("nfnet_f4", "nfnet_f4_plus")},
+    **{f"nf_resnet{n}_finetune": finetune(f"nf_resnet{n}") for n in (50, 101, 152, 200)},
+}

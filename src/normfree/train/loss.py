@@ -1,0 +1,48 @@
+"""The training loss: softmax or sigmoid cross-entropy, for hard, soft and multi-label targets."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOSSES = ("softmax", "sigmoid")
+
+
+def sample_losses(
+    logits: Tensor, targets: Tensor, kind: str = "softmax", smoothing: float = 0.0, weights: Tensor | None = None
+) -> Tensor:
+    """The loss of each sample, float32: (N, classes), targets -> (N,).
+
+    Args:
+        logits: (N, classes).
+        targets: (N,) class indices; or (N, classes) floats: shares that sum to 1, as mixing makes them, or for the
+            sigmoid any number of ones, as in multi-label data.
+        kind: "softmax", cross-entropy against the shares; "sigmoid", the sum of the binary cross-entropies.
+        smoothing: s takes a target t to (1 - s) t + s / classes, after mixing (A.1); with the sigmoid to
+            (1 - s) t + s / 2.
+        weights: (classes,) factors of the terms of each class; scale them to mean 1 to keep the learning rate.
+    """
+    logits = logits.float()
+    t = F.one_hot(targets, logits.shape[1]).float() if targets.ndim == 1 else targets.float()
+    if kind == "softmax":
+        if smoothing:
+            t = (1.0 - smoothing) * t + smoothing / logits.shape[1]
+        terms = -t * F.log_softmax(logits, 1)
+    else:
+        if smoothing:
+            t = (1.0 - smoothing) * t + smoothing / 2
+        terms = F.binary_cross_entropy_with_logits(logits, t, reduction="none")
+    return (terms if weights is None else terms * weights).sum(1)
+
+
+def balanced_weights(labels: Tensor, classes: int) -> Tensor:
+    """Weights by which every class counts alike, 1 on average over the samples: (N,) -> (classes,)."""
+    counts = torch.bincount(labels, minlength=classes).float()
+    return len(labels) / (int((counts > 0).sum()) * counts.clamp_min(1.0))
+
+
+def hits(logits: Tensor, targets: Tensor) -> Tensor:
+    """How many predictions are the class of the target, or of its greatest share; a scalar."""
+    truth = targets if targets.ndim == 1 else targets.argmax(1)
+    return (logits.argmax(1) == truth).sum()
