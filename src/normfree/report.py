@@ -44,7 +44,7 @@ class Findings:
 
 def write_report(folder: Path, page: Path, findings: Findings) -> None:
     """Draw every picture into the folder as PNG, and the page with all of them inside."""
-    pictures = {
+    pictures: dict[str, tuple[Figure, str]] = {
         "curves": (curves(findings.metrics), "Loss, accuracy, learning rate and the share of clipped units."),
         "confusion": (
             confusion(findings.outputs, findings.val.classes),
@@ -59,6 +59,9 @@ def write_report(folder: Path, page: Path, findings: Findings) -> None:
             "The validation images that were most surely mistaken: true class, predicted class and its probability.",
         ),
     }
+    by_layer = clipping([m for m in findings.metrics if m["kind"] == "eval"])
+    if by_layer is not None:
+        pictures["clipping"] = (by_layer, "The share of units that AGC clipped, by tensor, from stem to head.")
     shown = []
     for name, (figure, caption) in pictures.items():
         png = _png(figure)
@@ -96,6 +99,24 @@ def curves(metrics: Sequence[dict[str, Any]]) -> Figure:
     for axis in axes:
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.25)
+    return figure
+
+
+def clipping(evals: Sequence[dict[str, Any]]) -> Figure | None:
+    """The share of clipped units of every tensor, down the network, between evaluations; None without AGC."""
+    names = list(dict.fromkeys(name for m in evals for name in m.get("clipped", {})))
+    if not names:
+        return None
+    shares = np.array([[100 * m.get("clipped", {}).get(name, 0.0) for m in evals] for name in names])
+    side = min(16.0, 1.5 + 0.16 * len(names))  # inches
+    figure, (axis,) = _figure(9, side, 1, 1)
+    edges = [0.0, *(m["epoch"] for m in evals)]
+    mesh = axis.pcolormesh(edges, np.arange(len(names) + 1), shares, cmap="viridis", vmin=0, vmax=100)
+    figure.colorbar(mesh, label="units clipped, %")
+    every = max(1, round(len(names) / 80))
+    axis.set_yticks(np.arange(0, len(names), every) + 0.5, [short_name(n, 36) for n in names[::every]], fontsize=6)
+    axis.invert_yaxis()
+    axis.set_xlabel("epoch")
     return figure
 
 
