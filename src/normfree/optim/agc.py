@@ -107,16 +107,24 @@ def clip_grad_agc_(parameters: Parameters, clipping: float = 0.01, eps: float = 
     clipped: Tensor | int = 0
     units = 0
     for group in _as_groups(parameters, clipping):
-        params = [p for p in group["params"] if p.grad is not None]
-        if group["clipping"] is None or not params:
-            continue
-        grads = [_dense(p.grad) for p in params]
-        found = agc_factors(
-            params, grads, group["clipping"], eps, group.get("unit_dim", 0), group.get("unit_groups", 1)
-        )
-        torch._foreach_mul_(grads, [f.to(g.dtype) for f, g in zip(found.factors, grads, strict=True)])
-        clipped, units = clipped + found.clipped.sum(), units + sum(found.units)
+        _, found = clip_group_(group, eps)
+        if found is not None:
+            clipped, units = clipped + found.clipped.sum(), units + sum(found.units)
     return torch.as_tensor(clipped) / max(units, 1)
+
+
+@torch.no_grad()
+def clip_group_(group: Mapping[str, Any], eps: float) -> tuple[list[int], Clipping | None]:
+    """Clip the gradients of one param group in place: (places of its tensors that have a gradient, what was found)."""
+    indices = [i for i, p in enumerate(group["params"]) if p.grad is not None]
+    if group["clipping"] is None or not indices:
+        return [], None
+    params = [group["params"][i] for i in indices]
+    grads = [_dense(p.grad) for p in params]
+    units = group.get("unit_dim", 0), group.get("unit_groups", 1)
+    found = agc_factors(params, grads, group["clipping"], eps, *units)
+    torch._foreach_mul_(grads, [f.to(g.dtype) for f, g in zip(found.factors, grads, strict=True)])
+    return indices, found._replace(factors=[])
 
 
 def _as_groups(parameters: Parameters, clipping: float) -> list[dict[str, Any]]:

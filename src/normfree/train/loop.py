@@ -20,7 +20,6 @@ from normfree.files import write_json
 from normfree.models import Network, model_config, parse_options, with_options
 from normfree.models.download import find_weights
 from normfree.models.weights import describe, save_weights
-from normfree.optim import param_groups
 from normfree.runlog import ProgressLine, Screen, duration, percent
 from normfree.train.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from normfree.train.loss import balanced_weights
@@ -87,10 +86,9 @@ def check_run(run: Run, images: int) -> None:
     check_ranges(flat(run))
     with torch.device("meta"):  # options that do not go together are found when the network is made
         model = Network(with_options(model_config(run.model.name), parse_options(run.model.options)))
-    try:
-        param_groups(model, overrides=unclipped_names(model, run.optim.unclipped))
-    except ValueError as e:
-        raise UserError(f"optim.unclipped: {e}") from None
+    unclipped_names(model, run.optim.unclipped)
+    if run.train.remat != "none" and model.config.norm == "batch":
+        raise UserError("train.remat would move the running statistics of batch norm twice a step; leave it at none")
     eval_preprocessing(run)
     train_crop(run)
     if run.train.batch_size > images:
@@ -147,7 +145,9 @@ def fit(job: Job, state: State) -> State:
                 raise Stopped(stop.exit_code)
             if state.step == job.total:
                 return state
-            batch = next(batches)
+            batch = next(batches, None)
+            if batch is None:  # float16 left out as many steps as were due
+                raise Diverged(_diagnosis(job, state))
             outcome = _step(job, batch, state)
             state.taken += 1
             _note_bad(job, state, batch)

@@ -37,9 +37,13 @@ def sample_losses(
 
 
 def balanced_weights(labels: Tensor, classes: int) -> Tensor:
-    """Weights by which every class counts alike, 1 on average over the samples: (N,) -> (classes,)."""
+    """Weights by which every class counts alike, 1 on average over the samples: (N,) -> (classes,).
+
+    A class without samples has weight 1.
+    """
     counts = torch.bincount(labels, minlength=classes).float()
-    return len(labels) / (int((counts > 0).sum()) * counts.clamp_min(1.0))
+    weights = len(labels) / (int((counts > 0).sum()) * counts.clamp_min(1.0))
+    return torch.where(counts > 0, weights, torch.ones_like(weights))
 
 
 def hits(logits: Tensor, targets: Tensor) -> Tensor:

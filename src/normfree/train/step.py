@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +20,8 @@ from normfree.data.loader import Batch
 from normfree.models import Network, create_model, parse_options
 from normfree.models.weights import Loaded, fill_from
 from normfree.nn.layers import Draws
-from normfree.optim import AGCSGD, EMA, LARS, SAM, WarmupCosine, clip_grad_agc_, param_groups
+from normfree.optim import AGCSGD, EMA, LARS, SAM, WarmupCosine, param_groups
+from normfree.optim.agc import clip_group_
 from normfree.random import Purpose
 from normfree.train.loss import hits, sample_losses
 
@@ -50,6 +53,7 @@ class Learner:
     sam: SAM | None = None
     scaler: torch.amp.GradScaler | None = None
     clipped: dict[str, tuple[Tensor, int]] = field(default_factory=dict)  # (clipped, looked at) units by tensor
+    _last: tuple[Tensor | int, int] = (0, 0)  # of the step
 
     def step(self, batch: Batch, taken: int, applied: int) -> Outcome:
         """Update the weights and their average on a batch.
@@ -59,30 +63,10 @@ class Learner:
             taken: batches before this one, which key the random masks.
             applied: steps before this one that changed the weights, which give the learning rate.
         """
-        while True:
-            try:
-                return self._step(batch, taken, applied)
-            except (RuntimeError, MemoryError) as e:
-                if not _is_out_of_memory(e) or min(len(batch.labels), self.micro_batch or len(batch.labels)) == 1:
-                    raise
-                self._split(len(batch.labels))
-
-    def _split(self, images: int) -> None:
-        """Forget the step that did not fit, and take half as many images at once from now on."""
-        if self.sam is not None:
-            self.sam.restore()
-        self.optimizer.zero_grad(set_to_none=True)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        self.micro_batch = max(1, min(self.micro_batch or images, images) // 2)
-
-    def _step(self, batch: Batch, taken: int, applied: int) -> Outcome:
         device = self.model.fc.weight.device
         images = batch.images.to(device, non_blocking=True)
         targets = batch.labels.to(device, non_blocking=True)
-        work = _Work(images, targets, self._draws(taken, len(targets)))
-        self.optimizer.zero_grad(set_to_none=True)
-        sums = self._gradients(work)
+        sums = self._fitting_gradients(_Work(images, targets, self._draws(taken, len(targets))))
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule(applied)
         if not self._update():
@@ -90,6 +74,26 @@ class Learner:
         self.ema.update(self.model)
         clipped, units = self._count_clipped()
         return Outcome(torch.cat([sums, torch.stack([clipped, torch.full_like(clipped, units)])]), applied=True)
+
+    def _fitting_gradients(self, work: _Work) -> Tensor:
+        """`_gradients`, of half as many images at once, from now on, as long as memory runs out."""
+        images = len(work.targets)
+        buffers = [(b, b.clone()) for b in self.model.buffers()]  # of batch norm
+        while True:
+            self.optimizer.zero_grad(set_to_none=True)
+            try:
+                return self._gradients(work)
+            except (RuntimeError, MemoryError) as e:
+                if not _is_out_of_memory(e) or min(images, self.micro_batch or images) == 1:
+                    raise
+            # behind the handler, which keeps the maps of the failed step alive
+            if self.sam is not None:
+                self.sam.restore()
+            for buffer, before in buffers:
+                buffer.copy_(before)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.micro_batch = max(1, min(self.micro_batch or images, images) // 2)
 
     def _gradients(self, work: _Work) -> Tensor:
         """Leave the mean gradient over the batch in the parameters; with SAM, of each shard at its ascent point."""
@@ -103,7 +107,7 @@ class Learner:
             few = slots[:: o.sam_every]
             with self.sam.ascent():
                 self._backward(work, few, len(few))
-            with self.sam.descent():
+            with self.sam.descent(), _frozen_statistics(self.model):
                 sums += self._backward(work, slots, n)
         return sums
 
@@ -123,31 +127,40 @@ class Learner:
     def _update(self) -> bool:
         """Clip and step, gradients unscaled first; False if float16 overflowed, and nothing was done."""
         o = self.run.optim
+        counts: list[tuple[list[str], Tensor, list[int]]] = []
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         if o.kind == "norm":
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), o.clipping)
         elif o.kind == "adamw":
-            groups = [{**g, "params": g["params"]} for g in self.optimizer.param_groups]
-            clip_grad_agc_(groups, clipping=o.clipping, eps=o.eps)
+            for group in self.optimizer.param_groups:
+                indices, found = clip_group_(group, o.eps)
+                if found is not None:
+                    counts.append(([group["names"][i] for i in indices], found.clipped, found.units))
         if self.scaler is None:
             self.optimizer.step()
-            return True
-        before = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return self.scaler.get_scale() >= before
+        else:
+            before = self.scaler.get_scale()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if not self.scaler.get_scale() >= before > 0:  # it falls where a step was left out
+                return False
+        for count in counts:
+            self._count(*count)
+        return True
 
-    def _count_clipped(self) -> tuple[Tensor, int]:
-        device = self.model.fc.weight.device
-        if not isinstance(self.optimizer, AGCSGD):
-            return torch.zeros((), dtype=torch.float64, device=device), 0
-        names, clipped, units = self.optimizer.clipped_by_name()
+    def _count(self, names: list[str], clipped: Tensor, units: list[int]) -> None:
         for name, count, all_units in zip(names, clipped, units, strict=True):
             before, looked_at = self.clipped.get(name, (torch.zeros_like(count), 0))
             self.clipped[name] = (before.to(count.device) + count, looked_at + all_units)
-        total, looked_at = self.optimizer.clipped_units()
-        return total.double().to(device), looked_at
+            self._last = self._last[0] + count, self._last[1] + all_units
+
+    def _count_clipped(self) -> tuple[Tensor, int]:
+        """(clipped, all) units of the step."""
+        if isinstance(self.optimizer, AGCSGD):
+            self._count(*self.optimizer.clipped_by_name())
+        (clipped, units), self._last = self._last, (0, 0)
+        return torch.as_tensor(clipped, dtype=torch.float64, device=self.model.fc.weight.device), units
 
     def clipped_shares(self) -> dict[str, float]:
         """The share of clipped units of each tensor since this was last asked."""
@@ -222,6 +235,19 @@ def _parts(slots: range, size: int | None) -> Iterator[range]:
     return (slots[i : i + size] for i in range(0, len(slots), size))
 
 
+@contextmanager
+def _frozen_statistics(model: torch.nn.Module) -> Iterator[None]:
+    """Batch norm goes by the batch, as in training, and leaves its running statistics as the ascent made them."""
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d) and m.track_running_stats]
+    for m in norms:
+        m.track_running_stats = False
+    try:
+        yield
+    finally:
+        for m in norms:
+            m.track_running_stats = True
+
+
 def _is_out_of_memory(e: BaseException) -> bool:
     words = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(e, (torch.cuda.OutOfMemoryError, MemoryError)) or any(w in str(e) for w in words)
@@ -266,11 +292,11 @@ def unclipped_names(model: Network, parts: tuple[str, ...]) -> dict[str, None]:
         UserError: a part that the network does not have.
     """
     names = [n for n, _ in model.named_parameters()]
-    known = {model.part_of(n) for n in names}
     found: dict[str, None] = {}
     for part in parts:
-        of_part = [n for n in names if model.part_of(n) == part]
-        if part.startswith(("stem", "stage", "head")) and "." not in part and not of_part:
-            raise UserError(f"the network has no part {part!r}; its parts are {', '.join(sorted(known))}")
-        found |= dict.fromkeys(of_part or [part])
+        of_part = [n for n in names if part == model.part_of(n) or fnmatchcase(n, part)]
+        if not of_part:
+            known = ", ".join(sorted({model.part_of(n) for n in names}))
+            raise UserError(f"no part or parameter of the network is called {part!r}; its parts are {known}")
+        found |= dict.fromkeys(of_part)
     return found
