@@ -1,7 +1,7 @@
 """Does fine-tuning beat training from scratch on the same budget?
 
-The 12 classes of `normfree data sample` are halved. A network is trained on one half; then, for each seed and budget, the
-other half is learnt from its weights (`normfree train finetune`) and from scratch (`normfree train`), with the same
+The 12 classes of `normfree data sample` are halved. A network is trained on one half; then, for each seed and budget,
+the other half is learnt from its weights (`normfree train finetune`) and from scratch (`normfree train`), with the same
 number of epochs and everything else chosen by the recipes.
 
     python benchmarks/finetune.py --out benchmarks/results/finetune.json
@@ -62,11 +62,11 @@ def main() -> None:
             found: dict[str, list[float]] = {"finetune": [], "scratch": []}
             for seed in range(args.seeds):
                 common = ["--data.root", str(second), "--train.epochs", str(epochs), "--train.seed", str(seed)]
-                for kind in found:
+                for kind, tops in found.items():
                     start = ["finetune", "--weights", weights] if kind == "finetune" else ["--model.name", model]
                     run = f"{kind}-{epochs}-{seed}"
                     normfree("train", *start, *common, "--run-dir", run, cwd=work)
-                    found[kind].append(scores(work, run))
+                    tops.append(scores(work, run))
             rows.append({"epochs": epochs, **found, "median": {k: statistics.median(v) for k, v in found.items()}})
             print(rows[-1], flush=True)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)

@@ -29,7 +29,8 @@ class Small(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         maps = F.gelu(self.body(F.gelu(self.stem(x))))
-        return self.head(F.adaptive_avg_pool2d(maps, 4).flatten(1))
+        logits: Tensor = self.head(F.adaptive_avg_pool2d(maps, 4).flatten(1))
+        return logits
 
 
 def main() -> None:

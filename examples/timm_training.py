@@ -1,25 +1,27 @@
 """A network and the optimizer of normfree with timm's loss, schedule and average; and the optimizer in timm's train.py.
 
-`create_optimizer` has the arguments of timm's `create_optimizer_v2`, with which train.py makes its optimizer. A file
-beside train.py puts it in that place, and every flag of train.py goes on working, --opt-kwargs clipping=0.1 among them:
+For the latter, a file beside train.py puts `create_optimizer` in the place of timm's function:
 
     import timm_training
     import train
 
-    train.create_optimizer_v2 = timm_training.create_optimizer
-    train.main()
+    if __name__ == "__main__":
+        train.create_optimizer_v2 = timm_training.create_optimizer
+        train.main()
 
-Do not pass --clip-grad besides: the optimizer clips.
+It takes the flags of train.py, --opt agcsgd --opt-kwargs clipping=0.1 among them. The optimizer clips: no --clip-grad.
 
 Needs timm: pip install timm; python examples/timm_training.py
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from timm.loss import LabelSmoothingCrossEntropy
+from timm.optim import OptimInfo, OptimizerRegistry
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -27,19 +29,16 @@ from torch import nn
 import normfree
 
 EPOCHS, UPDATES, BATCH, CLASSES = 2, 20, 32, 10
+REGISTRY = OptimizerRegistry()
+REGISTRY.register(OptimInfo("agcsgd", normfree.optim.AGCSGD, has_momentum=True))
 
 
 def create_optimizer(
-    model: nn.Module,
-    opt: str = "agcsgd",  # noqa: ARG001 (train.py says --opt here; there is one answer)
-    lr: float = 0.1,
-    weight_decay: float = 2e-5,
-    clipping: float = 0.01,
-    **options: Any,
+    model: nn.Module, opt: str = "agcsgd", weight_decay: float = 2e-5, clipping: float = 0.01, **options: Any
 ) -> torch.optim.Optimizer:
     """AGCSGD over the paper's groups, of any network: of timm's too, whose classifier is found by its name."""
-    groups = normfree.param_groups(model, weight_decay=weight_decay, clipping=clipping)
-    return normfree.optim.AGCSGD(groups, lr=lr, clipping=clipping, **options)
+    groups = partial(normfree.param_groups, weight_decay=weight_decay, clipping=clipping)
+    return REGISTRY.create_optimizer(model, opt, param_group_fn=groups, clipping=clipping, **options)
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ def _python(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Compl
 @cache
 def _why_absent(module: str) -> str:
     """Empty where the module can be imported. timm, for one, is of no use beside a torchvision that does not load."""
-    if importlib.util.find_spec(module.split(".")[0]) is None:
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
         return f"{module} is not installed"
     tried = _python("-c", f"import {module}")
     return "" if tried.returncode == 0 else f"{module} does not import: {tried.stderr.strip().splitlines()[-1]}"

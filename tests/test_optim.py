@@ -443,3 +443,33 @@ def test_sams_ascent_never_reaches_the_momentum() -> None:
         sharp.step()
         assert torch.equal(a, b)
         assert torch.equal(plain.momentum(a), sharp.momentum(b))
+
+
+@pytest.mark.parametrize("name", ["fc", "classifier.1", "head.fc", "heads.head"])
+def test_the_classifier_is_found_where_others_put_it(name: str) -> None:
+    """The last linear layer that is called, or is inside of what is called, fc, head or classifier."""
+    model = nn.Sequential()
+    model.add_module("features", nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    parent: nn.Module = model
+    for part in name.split(".")[:-1]:
+        parent.add_module(part, nn.Sequential(nn.ReLU()))
+        parent = parent.get_submodule(part)
+    parent.add_module(name.split(".")[-1], nn.Linear(4, 3))
+    exempt = [n for g in param_groups(model) if g["clipping"] is None for n in g["names"]]
+    assert exempt == [f"{name}.weight"]
+
+
+def test_the_average_goes_on_from_its_state() -> None:
+    """Weights and the count of updates, which the decay depends on."""
+    torch.manual_seed(4)
+    model = nn.Linear(3, 2)
+    ema = EMA(model)
+    for _ in range(3):
+        nn.init.normal_(model.weight)
+        ema.update(model)
+    other = EMA(nn.Linear(3, 2))
+    other.load_state_dict(ema.state_dict())
+    for average in (ema, other):
+        average.update(model)
+    assert other.updates == 4
+    assert torch.equal(other.module.weight, ema.module.weight)  # type: ignore[arg-type]

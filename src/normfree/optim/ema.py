@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,3 +40,12 @@ class EMA:
             else:
                 average.copy_(value)
         self.updates += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averaged weights and the count of updates."""
+        return {"updates": self.updates, "module": self.module.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        self.module.load_state_dict(state["module"])
+        self.updates = int(state["updates"])

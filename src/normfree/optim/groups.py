@@ -29,7 +29,8 @@ def param_groups(
         model: any module.
         weight_decay: L2 coefficient of the weights.
         clipping: lambda of AGC; None switches it off everywhere.
-        classifier: name of the classifier, a linear layer of the model; None looks for fc, head and classifier.
+        classifier: name of the classifier, a linear layer of the model; None takes the last one that is called, or is
+            inside of what is called, fc, head or classifier.
         overrides: lambda by name of parameter or shell pattern, None to exempt: {"stem.*": None, "blocks.0.*": 0.02}.
             The last that matches wins, over the rules above too.
 
@@ -74,8 +75,9 @@ def _classifier(model: nn.Module, name: str | None) -> str | None:
         if not isinstance(modules.get(name), nn.Linear):
             raise ValueError(f"the model has no linear layer named {name!r}")
         return name
-    found = [n for n, m in modules.items() if n.split(".")[-1] in _CLASSIFIERS and isinstance(m, nn.Linear)]
-    return found[-1] if found else None
+    linear = [n.split(".") for n, m in modules.items() if isinstance(m, nn.Linear)]
+    found = [parts for parts in linear if parts[0] in _CLASSIFIERS or parts[-1] in _CLASSIFIERS]
+    return ".".join(found[-1]) if found else None
 
 
 def _is_weight(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
