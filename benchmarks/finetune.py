@@ -71,7 +71,7 @@ def main() -> None:
             print(rows[-1], flush=True)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     result = {
-        "what": "top-1 of the averaged weights after the last epoch, on held-out images of the second half of the classes",
+        "what": "top-1 of the averaged weights after the last epoch, held-out images of the second half of the classes",
         "model": model,
         "rows": rows,
         "date": date.today().isoformat(),

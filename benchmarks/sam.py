@@ -65,7 +65,7 @@ def main() -> None:
         rows[form] = {"median ratio": statistics.median(ratios), "p10": ratios[1], "p90": ratios[-2]}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     result = {
-        "what": f"time of a step of {args.model} at {args.size} px, {args.batch} images in {args.shards} shards, to plain",
+        "what": f"time of a step of {args.model}, {args.size} px, {args.batch} images, {args.shards} shards, to plain",
         "rows": rows,
         "n": args.rounds,
         "device": device,

@@ -156,8 +156,11 @@ def _dry_run(args: Any, given: Given, screen: Screen) -> int:
     check_run(settings, len(train))
     for line in plan(settings, len(train), len(train.classes)):
         screen.say(line)
-    for line in walk(settings, len(train.classes)):
-        screen.say(line)
+    try:
+        for line in walk(settings, len(train.classes)):
+            screen.say(line)
+    except Stopped as e:
+        return e.exit_code
     return 0
 
 

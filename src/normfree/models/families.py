@@ -59,10 +59,10 @@ class NetworkConfig:
     beta_first: bool = False  # act(h / beta), as the paper writes, instead of act(h) / beta, as its code does
     activation: str = "gelu"
     norm: str = "none"  # "batch": batch norm before each activation, in place of the whole normalizer-free strategy
-    # head: "conv": 1x1, activation, pool; "fc": pool, linear, activation (E); "none": activation, pool
+    # head: "conv": 1x1, activation, pool; "fc": pool, linear, activation (tried in C); "none": activation, pool
     final: str = "conv"
     final_width: int = 3072
-    classifier_std: float = 0.01  # of its initial weights; 0 as in NF-RegNet (E)
+    classifier_std: float = 0.01  # of its initial weights; 0 as in NF-RegNet
     ws_eps: float = 1e-4  # floor of variance times fan-in in weight standardization
     padding: str = "same"  # TensorFlow's, as in the authors' code, or "symmetric"
     output_stride: int = 32  # at 8 or 16 the last stages dilate instead of striding

@@ -103,8 +103,8 @@ def step_memory(config: NetworkConfig, size: int, batch_size: int) -> int:
 @lru_cache(maxsize=32)
 def _memory_terms(config: NetworkConfig, size: int) -> tuple[int, int]:
     """(bytes kept for each image, bytes beside)."""
-    one, two = (_kept(config, size, n) for n in (1, 2))
-    return two - one, 2 * one - two + 4 * 4 * parameters(config)
+    two, three = (_kept(config, size, n) for n in (2, 3))  # batch norm takes no single image
+    return three - two, 3 * two - 2 * three + 4 * 4 * parameters(config)
 
 
 def _kept(config: NetworkConfig, size: int, n: int) -> int:

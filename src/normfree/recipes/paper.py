@@ -58,7 +58,8 @@ def nf_resnet_imagenet(name: str) -> Recipe:
         )
         train = _train(given, name, batch, 90.0)
         model = ModelConfig(name, c.drop_rate, c.stochastic_depth)
-        return given.apply(Run(f"{name}_imagenet", model, _data(given, 224, 224), optim, train))
+        data = replace(_data(given, 224, 224), eval_crop="center")  # as the authors' code evaluates ResNets
+        return given.apply(Run(f"{name}_imagenet", model, data, optim, train))
 
     recipe.__doc__ = f"{name} on ImageNet, 90 epochs (Section 4.1). Here: not measured."
     return recipe
