@@ -206,7 +206,7 @@ def test_a_run_within_its_ranges_passes() -> None:
         *((n, 0) for n in ("data.size", "data.test_size", "train.batch_size", "train.eval_batch_size")),
         ("train.log_every", 0),
         ("train.seed", 2**32),
-        ("train.precision", "fp16"),
+        ("train.precision", "fp8"),
         ("train.epochs", 0.0),
         ("train.epochs", float("inf")),
         ("optim.lr", 0.0),

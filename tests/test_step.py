@@ -1257,3 +1257,16 @@ def test_clipped_units_are_counted_for_adamw_too() -> None:
     learner = a_learner(kind="adamw", clipping=1e-3)
     outcome = learner.step(a_batch(), 0, 1)
     assert 0 < outcome.sums[2] <= outcome.sums[3]
+
+
+def test_the_classifier_moves_alone_at_first() -> None:
+    """For so many epochs: the body keeps its bits and gets no momentum; then all of it moves."""
+    learner = a_learner(head_only=3.0)
+    before = {n: p.detach().clone() for n, p in learner.model.named_parameters()}
+    taken = advance(learner, 3)
+    moved = {n for n, p in learner.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {"fc.weight", "fc.bias"}
+    assert {n.partition(".")[2] for n in learner.tensors() if n.startswith("momentum")} == moved
+    advance(learner, 2, taken, taken)
+    moved = {n for n, p in learner.model.named_parameters() if not torch.equal(p, before[n])}
+    assert {n for n in before if n.endswith("weight")} <= moved

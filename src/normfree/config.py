@@ -85,6 +85,7 @@ class OptimConfig:
     ema_decay: float = 0.99999  # 0 averages nothing
     kind: str = "agc"  # "agc" is the paper's; to compare: "sgd", "norm" (SGD and Eq. 2), "lars", "adamw" (and AGC)
     floor: float = 0.0  # learning rate at the end
+    head_only: float = 0.0  # epochs at the start in which the classifier alone moves
     unclipped: tuple[str, ...] = ()  # parts without AGC, as in 4.1: stem stage0 .. head, or names such as blocks.0.*
     loss: str = "softmax"  # or "sigmoid"
     class_weights: str = "none"  # or "balanced": every class counts alike
@@ -152,6 +153,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("train.seed", "in [0, 2^32)", lambda v: 0 <= v < 2**32),
     ("optim.kind", "agc, sgd, norm, lars or adamw", lambda v: v in ("agc", "sgd", "norm", "lars", "adamw")),
     ("optim.floor", "not negative", lambda v: v >= 0),
+    ("optim.head_only", "not negative", lambda v: v >= 0),
     ("optim.loss", "softmax or sigmoid", lambda v: v in ("softmax", "sigmoid")),
     ("optim.class_weights", "none or balanced", lambda v: v in ("none", "balanced")),
     ("optim.sam_rho", "not negative", lambda v: v >= 0),

@@ -49,6 +49,7 @@ class Learner:
     preprocessing: Preprocessing  # its mean and std serve training too
     run: Run
     class_weights: Tensor | None = None
+    head_steps: float = 0.0  # at the start, in which the classifier alone moves
     micro_batch: int | None = None  # images at once; falls when memory runs out
     sam: SAM | None = None
     scaler: torch.amp.GradScaler | None = None
@@ -67,6 +68,10 @@ class Learner:
         images = batch.images.to(device, non_blocking=True)
         targets = batch.labels.to(device, non_blocking=True)
         sums = self._fitting_gradients(_Work(images, targets, self._draws(taken, len(targets))))
+        if applied < self.head_steps:
+            for name, p in self.model.named_parameters():
+                if not name.startswith("fc."):
+                    p.grad = None  # neither clipped, nor decayed, nor in the momentum
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule(applied)
         if not self._update():
@@ -271,7 +276,8 @@ def build_learner(run: Run, classes: int, steps: int, steps_per_epoch: float, pr
     learner = Learner(model, EMA(model, o.ema_decay), _optimizer(run, model), schedule, preprocessing, run)
     scaler = torch.amp.GradScaler(t.device.partition(":")[0]) if t.precision == "fp16" else None
     sam = SAM(model.parameters(), o.sam_rho) if o.sam_rho > 0 else None
-    return replace(learner, micro_batch=t.micro_batch, scaler=scaler, sam=sam)
+    head_steps = o.head_only * steps_per_epoch
+    return replace(learner, head_steps=head_steps, micro_batch=t.micro_batch, scaler=scaler, sam=sam)
 
 
 def _optimizer(run: Run, model: Network) -> torch.optim.Optimizer:
