@@ -61,7 +61,7 @@ def test_a_run_folder_has_what_it_promises(finished: Path) -> None:
     assert about["preprocessing"]["size"] == 32
     assert len(list((finished / "checkpoints").glob("step-*"))) == 2
     report = (finished / "report.html").read_text()
-    assert report.count("data:image/png;base64,") == 4
+    assert report.count("data:image/png;base64,") == 5
     assert "http" not in report.replace("http-equiv", "")
     for name in ("curves", "confusion", "batch", "mistakes"):
         assert (finished / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -121,7 +121,7 @@ def _same(a: Path, b: Path) -> None:
     assert newest[0].name == newest[1].name
     ours, theirs = (load_file(path / "state.safetensors") for path in newest)
     assert ours.keys() == theirs.keys()
-    assert {name.split(".")[0] for name in ours} == {"model", "ema", "momentum"}
+    assert {name.split(".")[0] for name in ours} == {"model", "ema", "momentum_buffer"}
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
     assert all(
