@@ -27,7 +27,7 @@ from normfree.data.sources import Source, SyntheticSource, open_data
 from normfree.models import model_config
 from normfree.recipes import RECIPES
 from normfree.recipes.dry_run import plan, walk
-from normfree.recipes.paper import IMAGENET
+from normfree.recipes.paper import IMAGENET, PAPER
 from normfree.runlog import Screen, duration, percent
 from normfree.train.finish import finish
 from normfree.train.loop import Job, State, Stopped, begin, check_run, fit, held_out, prepare, resume
@@ -132,6 +132,8 @@ def _begin(args: Any, given: Given, screen: Screen) -> Job:
         raise UserError("the recipe 'digits' has its own images; a folder is trained on with --data.root DIR alone")
     train, val = open_data(root, given.values.get("data.validation", 0.2))
     settings = RECIPES[name](given, train)
+    if name.endswith("finetune") and settings.model.weights is None:
+        raise UserError("name the weights to start from with --weights FILE")
     check_run(settings, len(train))
     path = args.run_dir or free_folder(RUNS, name)
     if root != "digits" and path.resolve().is_relative_to(root):
@@ -146,6 +148,10 @@ def _dry_run(args: Any, given: Given, screen: Screen) -> int:
     """Print what a run would do, and walk each of its parts once."""
     name = _recipe(args, given)
     root = given.values.get("data.root", "digits" if name == "digits" else None)
+    if args.resume or args.run_dir is not None:
+        raise UserError("--dry-run neither resumes nor writes a run folder: leave out --resume and --run-dir")
+    if root is None and name not in PAPER:
+        raise UserError(f"the recipe {name!r} trains on a folder of images: --data.root DIR")
     if root is None:
         given.values["data.root"] = "imagenet"  # a name in the plan; its numbers are those of ImageNet
         train: Source = SyntheticSource(*IMAGENET[::2])

@@ -72,8 +72,8 @@ def walk(run: Run, classes: int) -> Iterator[str]:
         yield f"trained     {state.step} steps of {batch} images, evaluated and saved twice, in {seconds:.1f} s"
         again = prepare(tried, folder, images, val, quiet)
         resume(again)
-        same = zip(job.learner.tensors().values(), again.learner.tensors().values(), strict=True)
-        if not all(torch.equal(a, b) for a, b in same):
+        saved, loaded = job.learner.tensors(), again.learner.tensors()
+        if saved.keys() != loaded.keys() or not all(torch.equal(saved[n], loaded[n]) for n in saved):
             raise RuntimeError("the resumed run differs from the saved one")
         yield "resumed     bit for bit"
         if on_gpu:

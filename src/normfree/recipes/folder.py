@@ -88,7 +88,7 @@ def folder(given: Given, images: Source) -> Run:
     )
     if start is not None:
         e = start.evaluation
-        data = replace(data, eval_crop=e.crop, margin=e.margin, mean=e.mean, std=e.std)
+        data = replace(data, eval_crop=e.crop, margin=e.margin, mean=e.mean, std=e.std, antialias=e.antialias)
     precision = given.choose("train.precision", "bf16" if device.startswith("cuda") else "fp32")
     train = TrainConfig(
         epochs=epochs, batch_size=batch, device=device, precision=precision, eval_batch_size=min(250, 2 * batch)

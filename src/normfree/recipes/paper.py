@@ -1,7 +1,7 @@
 """The paper's own runs: ImageNet (Section 4.1, A.1), large-scale pre-training and fine-tuning (A.5).
 
 What the sources do not give is marked "ours". MixUp, CutMix and RandAugment are not part of the input yet: these runs
-see crops and flips alone. No result is measured here.
+see crops and flips alone, and training crops are antialiased, where the authors' are not. No result is measured here.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def pretrain(name: str, epochs: float) -> Recipe:
         )
         train = _train(given, name, batch, epochs)
         model = ModelConfig(name, c.drop_rate, c.stochastic_depth)
-        return given.apply(Run(f"{name}_pretrain", model, _data(given, 224, 224), optim, train))
+        data = replace(_data(given, 224, 224), eval_crop="squash" if nfnet else "center")
+        return given.apply(Run(f"{name}_pretrain", model, data, optim, train))
 
     recipe.__doc__ = f"{name}, {epochs:g} epochs of large-scale pre-training (A.5). Here: not measured."
     return recipe
@@ -107,7 +108,8 @@ def finetune(name: str) -> Recipe:
         )
         train = _train(given, name, batch, epochs)
         model = ModelConfig(name, *((0.25, 0.1) if nfnet else (0.0, 0.0)))
-        return given.apply(Run(f"{name}_finetune", model, _data(given, size, size), optim, train))
+        data = replace(_data(given, size, size), eval_crop="squash" if nfnet else "center")
+        return given.apply(Run(f"{name}_finetune", model, data, optim, train))
 
     recipe.__doc__ = f"{name}, fine-tuned for 15,000 steps from --weights (A.5). Here: not measured."
     return recipe

@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOSSES = ("softmax", "sigmoid")
-
 
 def sample_losses(
     logits: Tensor, targets: Tensor, kind: str = "softmax", smoothing: float = 0.0, weights: Tensor | None = None
