@@ -11,7 +11,7 @@ SkipInit gain is absent. Its `dm_nfnet_*` are the authors' weights, and are read
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from normfree.models.unpickle import Tree
 from normfree.nn.conv import WSConv2d
 
 State = dict[str, Tensor]
-Namer = Callable[[str, NetworkConfig], str]
 
 _HAIKU_LEAVES = {"weight": "w", "bias": "b", "gain": "gain", "skip_gain": "skip_gain"}
 _HAIKU_BLOCKS = {"ResNet": "res_block_v2", "NF_ResNet": "nf_res_block", "NF_RegNet": "nf_block", "NFNet": "nf_block"}

@@ -172,7 +172,10 @@ def load_weights(model: nn.Module, path: Path | str) -> Loaded:
 
 def fill_from(model: nn.Module, path: Path) -> Loaded:
     """`load_weights` without its warning."""
-    tensors = read_tensors(path)
+    return _fill(model, read_tensors(path), path)
+
+
+def _fill(model: nn.Module, tensors: State, path: Path) -> Loaded:
     kind, names = _names(model, tensors, path)
     if kind == "authors":
         tensors = {n: t for n, t in tensors.items() if not n.endswith(("/hidden", "/counter"))}
@@ -215,7 +218,7 @@ def _names(model: nn.Module, tensors: State, path: Path) -> tuple[str, dict[str,
             raise UserError(f"{path} is of timm, which has no such network as the model")
         return "timm", {n: timm_name(n, model.config) for n in ours}
     if isinstance(model, Network) and is_ours(path):
-        _same_network(model, read_weights(path)[1], path)
+        _same_network(model, read_header(path), path)
     return "normfree", {n: n for n in ours}
 
 
@@ -260,11 +263,28 @@ def load_model(path: Path) -> tuple[Network, dict[str, Any]]:
 
 def is_ours(path: Path) -> bool:
     """Whether a file is one of `save_weights`, by the mark in its header."""
+    return _header(path) is not None
+
+
+def read_header(path: Path) -> Any:
+    """What the header of one of our files says, without reading its tensors; an empty dict for other files.
+
+    Raises:
+        UserError: the header is broken.
+    """
+    try:
+        return json.loads(_header(path) or "{}")
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is not a whole safetensors file: {e}") from e
+
+
+def _header(path: Path) -> str | None:
     try:
         with safe_open(path, "pt") as f:
-            return _KEY in (f.metadata() or {})
+            text: str | None = (f.metadata() or {}).get(_KEY)
+            return text
     except (SafetensorError, OSError):
-        return False
+        return None
 
 
 def load_foreign(config: NetworkConfig, path: Path) -> Network:
@@ -280,7 +300,7 @@ def load_foreign(config: NetworkConfig, path: Path) -> Network:
     if len(heads) == 1 and heads[0].ndim == 1:
         config = replace(config, num_classes=max(1, len(heads[0])))
     model = Network(config)
-    fill_from(model, path)
+    _fill(model, tensors, path)
     return model.eval()
 
 

@@ -17,7 +17,7 @@ from normfree.data.sources import FolderSource, Source
 from normfree.evaluate import published_preprocessing
 from normfree.models import MODELS, NetworkConfig, model_config, parse_options, with_options
 from normfree.models.count import multiply_adds
-from normfree.models.weights import is_ours, read_weights
+from normfree.models.weights import is_ours, read_header
 from normfree.optim import WarmupCosine
 from normfree.recipes import choose
 
@@ -111,7 +111,7 @@ def _start(given: Given) -> _Start | None:
     if weights is None:
         return None
     if Path(weights).is_file() and is_ours(Path(weights)):
-        _, about = read_weights(Path(weights))
+        about = read_header(Path(weights))
         name = str(about.get("model", "")) if name is None else name
         if "preprocessing" in about and name in MODELS:
             evaluation = from_dict(Preprocessing, about["preprocessing"], f"{weights}: preprocessing")

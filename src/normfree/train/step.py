@@ -28,6 +28,9 @@ from normfree.train.loss import hits, sample_losses
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+_Counts = tuple[list[str], Tensor, list[int]]  # names of tensors, clipped units of each, all units of each
+
+
 class Outcome(NamedTuple):
     """What a step did. sums: (4,) float64 on the device: of losses, correct predictions, clipped units, units.
 
@@ -54,7 +57,6 @@ class Learner:
     sam: SAM | None = None
     scaler: torch.amp.GradScaler | None = None
     clipped: dict[str, tuple[Tensor, int]] = field(default_factory=dict)  # (clipped, looked at) units by tensor
-    _last: tuple[Tensor | int, int] = (0, 0)  # of the step
 
     def step(self, batch: Batch, taken: int, applied: int) -> Outcome:
         """Update the weights and their average on a batch.
@@ -74,11 +76,11 @@ class Learner:
                     p.grad = None  # neither clipped, nor decayed, nor in the momentum
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule(applied)
-        if not self._update():
+        counts = self._update()
+        if counts is None:
             return Outcome(torch.cat([sums, sums.new_zeros(2)]), applied=False)
         self.ema.update(self.model)
-        clipped, units = self._count_clipped()
-        return Outcome(torch.cat([sums, torch.stack([clipped, torch.full_like(clipped, units)])]), applied=True)
+        return Outcome(torch.cat([sums, self._count(counts)]), applied=True)
 
     def _fitting_gradients(self, work: _Work) -> Tensor:
         """`_gradients`, of half as many images at once, from now on, as long as memory runs out."""
@@ -129,10 +131,10 @@ class Learner:
             sums += torch.stack([losses.detach().double().sum(), hits(logits, targets).double()])
         return sums
 
-    def _update(self) -> bool:
-        """Clip and step, gradients unscaled first; False if float16 overflowed, and nothing was done."""
+    def _update(self) -> list[_Counts] | None:
+        """Clip and step, gradients unscaled first: what AGC found; None if float16 overflowed, and nothing was done."""
         o = self.run.optim
-        counts: list[tuple[list[str], Tensor, list[int]]] = []
+        counts: list[_Counts] = []
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         if o.kind == "norm":
@@ -149,23 +151,21 @@ class Learner:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             if not self.scaler.get_scale() >= before > 0:  # it falls where a step was left out
-                return False
-        for count in counts:
-            self._count(*count)
-        return True
-
-    def _count(self, names: list[str], clipped: Tensor, units: list[int]) -> None:
-        for name, count, all_units in zip(names, clipped, units, strict=True):
-            before, looked_at = self.clipped.get(name, (torch.zeros_like(count), 0))
-            self.clipped[name] = (before.to(count.device) + count, looked_at + all_units)
-            self._last = self._last[0] + count, self._last[1] + all_units
-
-    def _count_clipped(self) -> tuple[Tensor, int]:
-        """(clipped, all) units of the step."""
+                return None
         if isinstance(self.optimizer, AGCSGD):
-            self._count(*self.optimizer.clipped_by_name())
-        (clipped, units), self._last = self._last, (0, 0)
-        return torch.as_tensor(clipped, dtype=torch.float64, device=self.model.fc.weight.device), units
+            counts.append(self.optimizer.clipped_by_name())
+        return counts
+
+    def _count(self, counts: list[_Counts]) -> Tensor:
+        """Add to the counts by tensor; returns (2,) clipped and all units of the step."""
+        totals = torch.zeros(2, dtype=torch.float64, device=self.model.fc.weight.device)
+        for names, clipped, units in counts:
+            for name, count, all_units in zip(names, clipped, units, strict=True):
+                before, looked_at = self.clipped.get(name, (torch.zeros_like(count), 0))
+                self.clipped[name] = (before.to(count.device) + count, looked_at + all_units)
+            totals[0] += clipped.sum()
+            totals[1] += sum(units)
+        return totals
 
     def clipped_shares(self) -> dict[str, float]:
         """The share of clipped units of each tensor since this was last asked."""
