@@ -23,8 +23,10 @@ from normfree.config import Given, Run
 from normfree.data.loader import Batch
 from normfree.data.sources import SyntheticSource
 from normfree.recipes import RECIPES
+from normfree.train.build import build_learner
+from normfree.train.length import Length
 from normfree.train.loop import eval_preprocessing
-from normfree.train.step import Learner, build_learner
+from normfree.train.step import Learner
 
 FORMS = {"plain": (0.0, 1), "a fifth": (0.05, 5), "full": (0.05, 1)}  # rho, every
 
@@ -33,7 +35,7 @@ def learner(run: Run, rho: float, every: int, shards: int) -> Learner:
     optim = replace(run.optim, sam_rho=rho, sam_every=every, sam_shards=shards)
     # all take as many images at once: larger batches alone are slower or faster, as the machine has it
     run = replace(run, optim=optim, train=replace(run.train, micro_batch=run.train.batch_size // shards))
-    return build_learner(run, 10, 1000, 100.0, eval_preprocessing(run))
+    return build_learner(run, 10, Length(10.0, 100.0), eval_preprocessing(run))
 
 
 def main() -> None:

@@ -149,7 +149,7 @@ def test_a_stopped_and_resumed_run_ends_bit_identical(tmp_path: Path, number: in
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
         assert process.returncode == code, err
-        assert "Traceback" not in err
+        assert number == signal.SIGKILL or "Traceback" not in err  # a killed process takes its workers by surprise
         assert number == signal.SIGKILL or "--resume" in out
     done = run_command("train", "--run-dir", "cut", "--resume", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -22,12 +22,14 @@ from normfree.data.sources import SyntheticSource
 from normfree.models import MODELS, Network
 from normfree.models.exchange import from_haiku, haiku_name
 from normfree.nn.layers import Draws
+from normfree.nn.loss import balanced_weights, hits, sample_losses
 from normfree.optim import AGCSGD, EMA, LARS, WarmupCosine, agc, param_groups
 from normfree.recipes import RECIPES
 from normfree.train import step as step_module
+from normfree.train.build import build_learner, unclipped_names
+from normfree.train.length import Length
 from normfree.train.loop import check_run
-from normfree.train.loss import balanced_weights, hits, sample_losses
-from normfree.train.step import Learner, Outcome, build_learner, unclipped_names
+from normfree.train.step import Learner, Outcome
 
 CLASSES, SIDE = 5, 16
 AS_IT_IS = Preprocessing(SIDE, "squash", 0, (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # pixels pass unchanged
@@ -74,7 +76,7 @@ def a_run(name: str = "nfnet_tiny", masks: bool = True, **changes: Any) -> Run:
 
 def a_learner(run: Run | None = None, **changes: Any) -> Learner:
     """At its start: 20 steps, of which the first is warm-up."""
-    return build_learner(run or a_run(**changes), CLASSES, 20, 1.0, AS_IT_IS)
+    return build_learner(run or a_run(**changes), CLASSES, Length(20.0, 1.0), AS_IT_IS)
 
 
 def a_batch(number: int = 0, n: int = 8) -> Batch:
@@ -239,20 +241,20 @@ def test_five_accumulated_steps_equal_the_authors_run(micro_batch: int) -> None:
 class _DecayFirst(AGCSGD):
     """Weight decay before the clipping."""
 
-    def _update(self, group: dict[str, Any], indices: list[int]) -> None:
-        for p in (group["params"][i] for i in indices):
+    def _update(self, group: dict[str, Any]) -> None:
+        for p in group["params"]:
             p.grad.add_(p, alpha=group["weight_decay"])
         decay, group["weight_decay"] = group["weight_decay"], 0.0
-        super()._update(group, indices)
+        super()._update(group)
         group["weight_decay"] = decay
 
 
 class _DecoupledDecay(AGCSGD):
-    def _update(self, group: dict[str, Any], indices: list[int]) -> None:
+    def _update(self, group: dict[str, Any]) -> None:
         decay, group["weight_decay"] = group["weight_decay"], 0.0
-        for p in (group["params"][i] for i in indices):
+        for p in group["params"]:
             p.mul_(1 - group["lr"] * decay)
-        super()._update(group, indices)
+        super()._update(group)
         group["weight_decay"] = decay
 
 
@@ -524,7 +526,7 @@ def test_an_overflow_in_float16_is_skipped(change: dict[str, Any]) -> None:
     with_scale(learner, 16.0)
     applied = advance(learner, 2)
     assert applied == 2
-    shares = dict(learner.clipped)
+    counts = learner.clipped_units()
     scaler = with_scale(learner, 2.0**40)
     before, updates = copies(learner), learner.ema.updates
     outcome = learner.step(a_batch(2), 2, applied)
@@ -533,7 +535,7 @@ def test_an_overflow_in_float16_is_skipped(change: dict[str, Any]) -> None:
     assert outcome.sums[2:].tolist() == [0, 0]
     assert scaler.get_scale() == 2.0**39
     assert learner.ema.updates == updates
-    assert learner.clipped == shares
+    assert learner.clipped_units() == counts
     assert equal(copies(learner), before)
     with_scale(learner, 16.0)
     assert learner.step(a_batch(2), 3, applied).applied
@@ -825,11 +827,11 @@ def test_an_update_is_never_done_twice() -> None:
     assert isinstance(learner.optimizer, AGCSGD)
     update, calls = learner.optimizer._update, []
 
-    def fail(group: dict[str, Any], indices: list[int]) -> None:
+    def fail(group: dict[str, Any]) -> None:
         calls.append(1)
         if len(calls) == 2:
             raise OUT_OF_MEMORY[0]
-        update(group, indices)
+        update(group)
 
     learner.optimizer._update = fail  # type: ignore[method-assign]
     try:

@@ -32,6 +32,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory ran out, on whatever device; torch has a class of its own for one of them only."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
+
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
 
 
@@ -87,6 +93,7 @@ class OptimConfig:
     floor: float = 0.0  # learning rate at the end
     head_only: float = 0.0  # epochs at the start in which the classifier alone moves
     unclipped: tuple[str, ...] = ()  # parts without AGC, as in 4.1: stem stage0 .. head, or names such as blocks.0.*
+    clip_classifier: bool = False  # AGC on the classifier's weight too, against the paper's advice
     loss: str = "softmax"  # or "sigmoid"
     class_weights: str = "none"  # or "balanced": every class counts alike
     sam_rho: float = 0.0  # length of SAM's ascent step, 0.05 in the paper; 0 does without
@@ -217,6 +224,37 @@ def flat(run: Run) -> dict[str, Any]:
         for f in dataclasses.fields(getattr(run, section)):
             found[f"{section}.{f.name}"] = getattr(getattr(run, section), f.name)
     return found
+
+
+# settings of "optim" that a kind of optimizer does not look at, and those whose defaults are another's
+_IGNORED = {
+    "sgd": ("clipping", "eps", "unclipped", "clip_classifier"),
+    "norm": ("eps", "unclipped", "clip_classifier"),
+    "lars": ("clipping", "eps", "unclipped", "clip_classifier", "nesterov"),
+    "adamw": ("momentum", "nesterov"),
+}
+_OWN = {
+    "norm": {"clipping": "the largest norm of the whole gradient, 1.0 say"},
+    "lars": {"lr": "its steps are a thousandth of the rate times a tensor's length"},
+    "adamw": {"lr": "1e-3 say"},
+}
+
+
+def check_given(run: Run, given: Iterable[str]) -> None:
+    """What the user gave is looked at by the optimizer that the run has, and what it needs of its own is given.
+
+    Raises:
+        UserError: names the first setting that would do nothing, or that is missing.
+    """
+    given, kind = set(given), run.optim.kind
+    for name in _IGNORED.get(kind, ()):
+        if f"optim.{name}" in given:
+            raise UserError(f"optim.{name} does nothing with --optim.kind {kind}; leave it out")
+    for name, why in _OWN.get(kind, {}).items():
+        if f"optim.{name}" not in given:
+            raise UserError(f"--optim.kind {kind} needs its own --optim.{name}: {why}")
+    if run.optim.sam_rho == 0 and (idle := sorted({"optim.sam_every", "optim.sam_shards"} & given)):
+        raise UserError(f"{idle[0]} does nothing without SAM; switch it on with --optim.sam-rho 0.05")
 
 
 # settings that a resumed run may change: what is computed is the same

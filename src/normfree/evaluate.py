@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfree.config import IMAGENET_MEAN, IMAGENET_STD, UserError
@@ -19,25 +18,33 @@ from normfree.data.crop import Preprocessing
 from normfree.data.loader import eval_batches
 from normfree.data.sources import Source
 from normfree.models import model_config
+from normfree.nn.loss import sample_losses
 
 
 @dataclass(frozen=True)
 class Scores:
-    """top1 and top5 are fractions of 1, loss is the mean cross-entropy in nats, images how many were counted."""
+    """top1 and top5 are fractions of 1, loss is the mean cross-entropy in nats, images how many were counted.
+
+    average_precision: for images with several labels, its mean over the classes that occur; None otherwise.
+    """
 
     top1: float
     top5: float
     loss: float
     images: int
+    average_precision: float | None = None
 
     def as_dict(self) -> dict[str, float | int]:
         """As evaluate --json prints it."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """Logits (N, classes), labels (N,) and indices (N,) of the images that could be read; bad, those that could not."""
+    """Logits (N, classes), labels and indices (N,) of the images that could be read; bad, those that could not.
+
+    labels: (N,) classes, or (N, classes) of zeros and ones.
+    """
 
     logits: Tensor
     labels: Tensor
@@ -104,8 +111,14 @@ def infer(
     return Outputs(torch.cat(logits), torch.cat(labels), torch.cat(indices), bad)
 
 
-def score(outputs: Outputs) -> Scores:
+def score(outputs: Outputs, loss: str = "softmax") -> Scores:
     """Accuracies and loss. Of equal logits the lower class counts as the greater, as argmax has it.
+
+    Where an image has several labels, the best placed of them counts.
+
+    Args:
+        outputs: of `infer`.
+        loss: "softmax", or "sigmoid": the sum of the binary cross-entropies of all classes.
 
     Raises:
         UserError: no image could be read.
@@ -113,9 +126,30 @@ def score(outputs: Outputs) -> Scores:
     n = len(outputs.labels)
     if n == 0:
         raise UserError("no validation image could be read")
-    # place of the true class: how many classes beat it, ties going to the lower index; NaN beats, and is beaten
-    own = outputs.logits.gather(1, outputs.labels[:, None])
-    earlier = torch.arange(outputs.logits.shape[1]) < outputs.labels[:, None]
-    rank = (~(outputs.logits <= own) | ((outputs.logits == own) & earlier)).sum(1)
-    loss = F.cross_entropy(outputs.logits.double(), outputs.labels, reduction="sum")
-    return Scores(int((rank < 1).sum()) / n, int((rank < 5).sum()) / n, loss.item() / n, n)
+    rank = _places(outputs.logits, outputs.labels)
+    total = sample_losses(outputs.logits.double(), outputs.labels, loss).sum().item()
+    precision = average_precision(outputs.logits, outputs.labels) if outputs.labels.ndim == 2 else None
+    return Scores(int((rank < 1).sum()) / n, int((rank < 5).sum()) / n, total / n, n, precision)
+
+
+def _places(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many classes beat the true one, (N,): ties go to the lower index; NaN beats, and is beaten."""
+    if labels.ndim == 2:  # the best placed of the true classes is the one with the greatest logit
+        labels = torch.where(labels > 0, logits, -torch.inf).argmax(1)
+    own = logits.gather(1, labels[:, None])
+    earlier = torch.arange(logits.shape[1]) < labels[:, None]
+    return (~(logits <= own) | ((logits == own) & earlier)).sum(1)
+
+
+def average_precision(logits: Tensor, labels: Tensor) -> float:
+    """Mean over the classes with a positive of the mean precision at each of its positives, by falling logit.
+
+    Args:
+        logits: (N, classes).
+        labels: (N, classes), zeros and ones. Of equal logits the earlier image is ranked first.
+    """
+    order = logits.sort(dim=0, descending=True, stable=True).indices
+    positive = labels.gather(0, order).double()
+    precision = positive.cumsum(0) / torch.arange(1, len(labels) + 1, dtype=torch.float64)[:, None]
+    count = positive.sum(0)
+    return float(((precision * positive).sum(0) / count)[count > 0].mean())

@@ -15,6 +15,7 @@ from normfree.data.crop import Preprocessing
 from normfree.data.decode import EXTENSIONS
 from normfree.data.sources import FolderSource, Names, files_below, is_image_name
 from normfree.evaluate import infer
+from normfree.nn.loss import probabilities
 
 
 def find_images(paths: Sequence[str]) -> list[str]:
@@ -38,23 +39,28 @@ def find_images(paths: Sequence[str]) -> list[str]:
 
 
 def predict(
-    model: nn.Module, paths: list[str], classes: Sequence[str], preprocessing: Preprocessing, batch_size: int
+    model: nn.Module,
+    paths: list[str],
+    classes: Sequence[str],
+    preprocessing: Preprocessing,
+    batch_size: int,
+    loss: str = "softmax",
 ) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
     """Predictions of files, and (path, reason) of those that could not be read.
 
     Returns:
         [{"path":, "label":, "probability":, "top5": [{"label":, "probability":}, ...]}, ...] in the order of the paths;
-        probabilities are fractions of 1.
+        probabilities are fractions of 1; those of weights trained with the loss "sigmoid" are each class's own.
     """
     source = FolderSource(Path(), Names(paths), np.zeros(len(paths), np.int64), tuple(classes))
     outputs = infer(model, source, preprocessing, batch_size)
-    rows = [_row(paths[i], logits, classes) for i, logits in zip(outputs.indices.tolist(), outputs.logits, strict=True)]
+    found = zip(outputs.indices.tolist(), outputs.logits, strict=True)
+    rows = [_row(paths[i], logits, probabilities(logits, loss), classes) for i, logits in found]
     return rows, [(paths[i], reason) for i, reason in outputs.bad]
 
 
-def _row(path: str, logits: Tensor, classes: Sequence[str]) -> dict[str, Any]:
-    probabilities = logits.double().softmax(0)
+def _row(path: str, logits: Tensor, shares: Tensor, classes: Sequence[str]) -> dict[str, Any]:
     # a stable sort of the logits: of equals the lower class first, as evaluation counts it
     order = logits.sort(descending=True, stable=True).indices[:5].tolist()
-    top = [{"label": classes[i], "probability": probabilities[i].item()} for i in order]
+    top = [{"label": classes[i], "probability": shares[i].item()} for i in order]
     return {"path": path, **top[0], "top5": top}

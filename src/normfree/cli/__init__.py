@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from normfree.config import UserError, suggestion
+from normfree.config import UserError, is_out_of_memory, suggestion
 
 COMMANDS = {
     "train": "train on the bundled digits, or on a folder of images",
@@ -53,13 +53,10 @@ def _main(arguments: list[str]) -> int:
     except UserError as e:
         print(f"normfree: {e}", file=sys.stderr)
         return 1
-    except MemoryError as e:
-        print(_OUT_OF_MEMORY.format(e), file=sys.stderr)
-        return 1
-    except RuntimeError as e:
-        if "out of memory" not in str(e) and "can't allocate memory" not in str(e):
+    except (MemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
             raise
-        print(_OUT_OF_MEMORY.format(str(e).splitlines()[0]), file=sys.stderr)
+        print(_OUT_OF_MEMORY.format(str(e).partition("\n")[0]), file=sys.stderr)
         return 1
     except OSError as e:
         where = f"{e.filename}: " if e.filename else ""

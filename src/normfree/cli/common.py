@@ -21,6 +21,7 @@ from normfree.evaluate import published_preprocessing
 from normfree.models import MODELS, Network, model_config
 from normfree.models.download import PUBLISHED, find_weights
 from normfree.models.weights import is_ours, load_foreign, load_model
+from normfree.nn.loss import LOSSES
 from normfree.train.loop import weights_path
 from normfree.train.record import RunFolder
 
@@ -44,6 +45,7 @@ class Trained:
     classes: tuple[str, ...]
     preprocessing: Preprocessing
     batch_size: int
+    loss: str = "softmax"  # that it was trained with
     folder: RunFolder | None = None
     run: Run | None = None
 
@@ -97,7 +99,10 @@ def _load(path: Path, folder: RunFolder | None = None, run: Run | None = None) -
         raise UserError(f"{path} names {len(classes)} classes and has {model.config.num_classes} outputs")
     if type(batch_size) is not int or batch_size < 1:
         raise UserError(f"{path}: its batch size is broken")
-    return Trained(model, model.name, tuple(classes), _stored(path, model, about), batch_size, folder, run)
+    loss = about.get("loss", "softmax")
+    if loss not in LOSSES:
+        raise UserError(f"{path} was trained with a loss that is not known: {loss!r}")
+    return Trained(model, model.name, tuple(classes), _stored(path, model, about), batch_size, loss, folder, run)
 
 
 def _stored(path: Path, model: Network, about: dict[str, Any]) -> Preprocessing:

@@ -58,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
         outputs = infer(model, source, preprocessing, batch, args.data.workers, done=line.advance)
     for index, reason in outputs.bad:
         warn(f"not counted: {source.name(index)}: {reason}")
-    scores = score(outputs)
+    scores = score(outputs, trained.loss)
     if args.json:
         print(json.dumps(scores.as_dict()))
     else:

@@ -38,7 +38,7 @@ def run(arguments: Sequence[str]) -> int:
     images = find_images(args.paths)
     model = trained.model.to(args.device or device()[0])
     classes = trained.classes or tuple(str(i) for i in range(model.config.num_classes))
-    rows, bad = predict(model, images, classes, trained.preprocessing, trained.batch_size)
+    rows, bad = predict(model, images, classes, trained.preprocessing, trained.batch_size, trained.loss)
     if args.json:
         print(json.dumps(rows))
     elif rows:

@@ -20,6 +20,7 @@ from normfree.config import (
     OptimConfig,
     TrainConfig,
     UserError,
+    check_given,
     check_ranges,
     suggestion,
 )
@@ -134,6 +135,7 @@ def _begin(args: Any, given: Given, screen: Screen) -> Job:
     settings = RECIPES[name](given, train)
     if name.endswith("finetune") and settings.model.weights is None:
         raise UserError("name the weights to start from with --weights FILE")
+    check_given(settings, given.values)
     check_run(settings, len(train))
     path = args.run_dir or free_folder(RUNS, name)
     if root != "digits" and path.resolve().is_relative_to(root):
@@ -159,6 +161,7 @@ def _dry_run(args: Any, given: Given, screen: Screen) -> int:
         given.values["data.root"] = root
         train, _ = open_data(root, given.values.get("data.validation", 0.2))
     settings = RECIPES[name](given, train)
+    check_given(settings, given.values)
     check_run(settings, len(train))
     for line in plan(settings, len(train), len(train.classes)):
         screen.say(line)

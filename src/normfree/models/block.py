@@ -125,7 +125,7 @@ class Block(nn.Module):
         gated = width if config.squeeze == "inner" else out
         seen = out if config.squeeze == "out" else width
         hidden = max(1, int(gated * config.se_ratio))
-        self.squeeze_excite = SqueezeExcite(seen, hidden, gated) if config.squeeze != "none" else None
+        self.squeeze_excite = SqueezeExcite(seen, hidden, gated, config.se_gelu) if config.squeeze != "none" else None
         self.twice = 2.0 if free else 1.0  # twice the sigmoid keeps the variance; batch norm does so itself
         self.skip = SkipInit(config.alpha, config.skip_init) if free else None
 

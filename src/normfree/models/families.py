@@ -54,6 +54,7 @@ class NetworkConfig:
     # its output (E); "none"
     squeeze: str = "out"
     se_ratio: float = 0.5  # hidden width against the width that is gated
+    se_gelu: bool = False  # GELU inside of it, as Appendix C writes, instead of ReLU, as the code has
     alpha: float = 0.2
     skip_init: float = 0.0  # where SkipInit starts; at 1 the signal is as the bookkeeping of beta predicts it
     beta_first: bool = False  # act(h / beta), as the paper writes, instead of act(h) / beta, as its code does

@@ -84,19 +84,21 @@ def linear(in_features: int, out_features: int, std: float | None = None) -> nn.
 class SqueezeExcite(nn.Module):
     """sigmoid(FC1(relu(FC0(mean over pixels)))): the gate alone, (N, C, H, W) -> (N, gated) in float32.
 
-    Appendix C writes GELU between the two; the authors' code, and so the published weights, have ReLU. The block
-    multiplies the gate with its other scalars first and with the map last.
+    Appendix C writes GELU between the two (`gelu`); the authors' code, and so the published weights, have ReLU. The
+    block multiplies the gate with its other scalars first and with the map last.
     """
 
-    def __init__(self, channels: int, hidden: int, gated: int | None = None) -> None:
+    def __init__(self, channels: int, hidden: int, gated: int | None = None, gelu: bool = False) -> None:
         super().__init__()
+        self.gelu = gelu
         self.fc0 = linear(channels, hidden)
         self.fc1 = linear(hidden, channels if gated is None else gated)
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         """The gate of each channel, in (0, 1); `scale` multiplies the map that is seen."""
         pooled = mean_pixels(x) * scale if scale != 1.0 else mean_pixels(x)
-        hidden = F.relu(self.fc0(pooled.to(self.fc0.weight.dtype)))
+        hidden = self.fc0(pooled.to(self.fc0.weight.dtype))
+        hidden = F.gelu(hidden, approximate="tanh") if self.gelu else F.relu(hidden)
         return at_least_float32(torch.sigmoid(self.fc1(hidden)))
 
 

@@ -116,15 +116,25 @@ def clip_grad_agc_(parameters: Parameters, clipping: float = 0.01, eps: float = 
 @torch.no_grad()
 def clip_group_(group: Mapping[str, Any], eps: float) -> tuple[list[int], Clipping | None]:
     """Clip the gradients of one param group in place: (places of its tensors that have a gradient, what was found)."""
-    indices = [i for i, p in enumerate(group["params"]) if p.grad is not None]
+    indices, params, grads = with_gradients(group)
     if group["clipping"] is None or not indices:
         return [], None
-    params = [group["params"][i] for i in indices]
-    grads = [_dense(p.grad) for p in params]
+    found = group_factors(group, params, grads, eps)
+    torch._foreach_mul_(grads, found.factors)
+    return indices, found._replace(factors=[])
+
+
+def with_gradients(group: Mapping[str, Any]) -> tuple[list[int], list[Tensor], list[Tensor]]:
+    """(places, tensors, gradients) of those of a group that have one. Raises ValueError where it is sparse."""
+    found = [(i, p, _dense(p.grad)) for i, p in enumerate(group["params"]) if p.grad is not None]
+    return [i for i, _, _ in found], [p for _, p, _ in found], [g for _, _, g in found]
+
+
+def group_factors(group: Mapping[str, Any], params: list[Tensor], grads: list[Tensor], eps: float) -> Clipping:
+    """`agc_factors` by the settings of a group, in the gradients' own types."""
     units = group.get("unit_dim", 0), group.get("unit_groups", 1)
     found = agc_factors(params, grads, group["clipping"], eps, *units)
-    torch._foreach_mul_(grads, [f.to(g.dtype) for f, g in zip(found.factors, grads, strict=True)])
-    return indices, found._replace(factors=[])
+    return found._replace(factors=[f.to(g.dtype) for f, g in zip(found.factors, grads, strict=True)])
 
 
 def _as_groups(parameters: Parameters, clipping: float) -> list[dict[str, Any]]:
@@ -140,8 +150,7 @@ def _as_list(params: Tensor | Iterable[Tensor]) -> list[Tensor]:
     return [params] if isinstance(params, Tensor) else list(params)
 
 
-def _dense(grad: Tensor | None) -> Tensor:
-    assert grad is not None
+def _dense(grad: Tensor) -> Tensor:
     if grad.is_sparse:
         raise ValueError("AGC needs dense gradients: build the embedding with sparse=False")
     return grad

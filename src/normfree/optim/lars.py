@@ -12,8 +12,8 @@ from torch.optim.optimizer import ParamsT
 class LARS(torch.optim.Optimizer):
     """Momentum SGD whose step has, for each tensor, a length in proportion to the tensor's own.
 
-    g += weight_decay w; where w is decayed: g *= trust |w| / |g|; v = momentum v + lr g; w -= v. Tensors without
-    weight decay (gains and biases in `param_groups`) take plain steps, as is usual.
+    g += weight_decay w; g *= trust |w| / |g|; v = momentum v + lr g; w -= v. Tensors that are vectors once their ones
+    are squeezed out, which gains and biases are, take plain steps, as is usual.
 
     Args:
         params: tensors or groups.
@@ -50,7 +50,7 @@ class LARS(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 g = p.grad + group["weight_decay"] * p
-                if group["weight_decay"] > 0:
+                if sum(n > 1 for n in p.shape) > 1:
                     size, length = torch.linalg.vector_norm(p), torch.linalg.vector_norm(g)
                     ratio = group["trust"] * size / length.clamp_min(1e-12)
                     g = g * torch.where((size > 0) & (length > 0), ratio, torch.ones_like(ratio))

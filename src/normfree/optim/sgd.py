@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from normfree.optim.agc import Clipping, agc_factors
+from normfree.optim.agc import Clipping, group_factors, with_gradients
 
 
 class AGCSGD(torch.optim.Optimizer):
@@ -103,21 +103,17 @@ class AGCSGD(torch.optim.Optimizer):
                 loss = closure()
         self._found = []
         for group in self.param_groups:
-            indices = [i for i, p in enumerate(group["params"]) if p.grad is not None]
-            if indices:
-                self._update(group, indices)
+            self._update(group)
         return loss
 
-    def _update(self, group: dict[str, Any], indices: list[int]) -> None:
-        params = [group["params"][i] for i in indices]
-        grads = [p.grad for p in params if p.grad is not None]
-        if any(g.is_sparse for g in grads):
-            raise ValueError("AGCSGD needs dense gradients: build the embedding with sparse=False")
+    def _update(self, group: dict[str, Any]) -> None:
+        indices, params, grads = with_gradients(group)
+        if not indices:
+            return
         velocities = [self.momentum(p) for p in params]
         if group["clipping"] is not None:
-            units = group["unit_dim"], group["unit_groups"]
-            found = agc_factors(params, grads, group["clipping"], group["eps"], *units)
-            grads = list(torch._foreach_mul(grads, [f.to(g.dtype) for f, g in zip(found.factors, grads, strict=True)]))
+            found = group_factors(group, params, grads, group["eps"])
+            grads = list(torch._foreach_mul(grads, found.factors))
             self._found.append((group, indices, found._replace(factors=[])))
         if group["weight_decay"] != 0:
             grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,9 +15,9 @@ from normfree.config import Run
 from normfree.data.sources import SyntheticSource
 from normfree.models import model_config, parse_options, with_options
 from normfree.models.count import multiply_adds, parameters
-from normfree.optim import WarmupCosine
 from normfree.recipes import choose
 from normfree.runlog import Screen
+from normfree.train.length import run_length
 from normfree.train.loop import begin, fit, prepare, resume
 from normfree.train.record import RunFolder
 
@@ -29,10 +28,12 @@ def plan(run: Run, images: int, classes: int) -> Iterator[str]:
     """The run in numbers, a line each."""
     m, d, o, t = run.model, run.data, run.optim, run.train
     config = with_options(replace(model_config(m.name), num_classes=classes), parse_options(m.options))
-    steps, per_epoch = max(1, math.floor(t.epochs * images / t.batch_size)), images / t.batch_size
-    warmup = min(o.warmup * per_epoch, steps - 1)
-    schedule = WarmupCosine(o.lr, steps, warmup, floor=o.floor)
-    micro = min(t.micro_batch or t.batch_size, t.batch_size)
+    length = run_length(run, images)
+    steps, per_epoch, schedule = length.total, length.per_epoch, length.schedule(o)
+    warmup = schedule.warmup_steps
+    shards = min(o.sam_shards, t.batch_size) if o.sam_rho else 1
+    shard = -(-t.batch_size // shards)
+    micro = min(t.micro_batch or shard, shard)
     yield f"recipe      {run.recipe}"
     yield f"network     {m.name}, {parameters(config):,} parameters, dropout {m.drop_rate}, depth {m.stochastic_depth}"
     yield f"images      {images:,} of {classes:,} classes, {d.size} px; validation {d.test_size} px, {d.eval_crop}"
@@ -42,7 +43,7 @@ def plan(run: Run, images: int, classes: int) -> Iterator[str]:
     )
     sam = f"SAM {o.sam_rho:g} on every {o.sam_every}. image in {o.sam_shards} shards" if o.sam_rho else "no SAM"
     yield f"optimizer   {o.kind}, lambda {o.clipping:g}, decay {o.weight_decay:g}, average {o.ema_decay:g}, {sam}"
-    yield f"batch       {micro} images at once, {-(-t.batch_size // micro)} times; {t.precision}, remat {t.remat}"
+    yield f"batch       {micro} images at once, {shards * -(-shard // micro)} times; {t.precision}, remat {t.remat}"
     memory = choose.step_memory(config, d.size, micro)
     yield f"memory      about {memory / 2**30:.1f} GiB a step in float32, without Python, torch and the loader"
     work = 3 * multiply_adds(config, d.size) * steps * t.batch_size * (1 + (1 / o.sam_every if o.sam_rho else 0))
@@ -51,14 +52,15 @@ def plan(run: Run, images: int, classes: int) -> Iterator[str]:
 
 def walk(run: Run, classes: int) -> Iterator[str]:
     """Train, evaluate, save and resume on a few images, as the run would; a line when each part is done."""
-    t = run.train
+    o, t = run.optim, run.train
     on_gpu = t.device.startswith("cuda")
     batch = min(t.batch_size, t.micro_batch or t.batch_size) if on_gpu else min(t.batch_size, _TRIED)
+    shards = max(1, round(o.sam_shards * batch / t.batch_size))
     tried = replace(
         run,
         train=replace(t, batch_size=batch, epochs=2.0, eval_batch_size=min(t.eval_batch_size, batch), log_every=1),
         data=replace(run.data, workers=min(run.data.workers, 2)),
-        optim=replace(run.optim, warmup=0.0, sam_shards=1),
+        optim=replace(o, warmup=0.0, sam_shards=shards),
     )
     images, val = SyntheticSource(batch, classes, run.data.size), SyntheticSource(batch, classes, run.data.test_size)
     with tempfile.TemporaryDirectory() as scratch:

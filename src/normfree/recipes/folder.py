@@ -18,8 +18,8 @@ from normfree.evaluate import published_preprocessing
 from normfree.models import MODELS, NetworkConfig, model_config, parse_options, with_options
 from normfree.models.count import multiply_adds
 from normfree.models.weights import is_ours, read_header
-from normfree.optim import WarmupCosine
 from normfree.recipes import choose
+from normfree.train.length import Length
 
 _EPOCHS, _STEPS = 30, 2000  # that small networks need to converge; a run has both if time allows
 _NATIVE = "that the weights were trained at"
@@ -60,7 +60,7 @@ def folder(given: Given, images: Source) -> Run:
         optim = _fine_tuning(given, config, lr, epochs)
     else:
         lr = given.choose("optim.lr", 0.1 * batch / 256, f"0.1 x {batch} / 256 (A.1 of the paper)")
-        optim = _optim(given, facts, config, lr, batch, epochs)
+        optim = _optim(given, config, lr, Length(epochs, facts.images / batch))
     short = epochs * facts.images / batch < _LONG and config.norm == "none"
     wakes = "a short run: the residual branches work at once" if short and start is None else ""
     skip_init = given.choose("model.skip_init", 1.0 if short else None, wakes)
@@ -191,12 +191,10 @@ def _epochs(facts: Facts, config: NetworkConfig, size: int, device: str, batch: 
     return epochs, f"{round(epochs * facts.images / batch)} steps"
 
 
-def _optim(given: Given, facts: Facts, config: NetworkConfig, lr: float, batch: int, epochs: float) -> OptimConfig:
-    warmup = given.choose("optim.warmup", min(5.0, epochs / 10))
-    total = max(2, math.floor(epochs * facts.images / batch))
-    schedule = WarmupCosine(lr, total, min(warmup * facts.images / batch, total - 1))
-    base = OptimConfig(lr=lr, clipping=0.01, warmup=warmup)
-    clipping, steps = choose.clipping_for(schedule, total, base.eps, base.momentum)
+def _optim(given: Given, config: NetworkConfig, lr: float, length: Length) -> OptimConfig:
+    base = OptimConfig(lr=lr, clipping=0.01, warmup=given.choose("optim.warmup", min(5.0, length.epochs / 10)))
+    total = length.total
+    clipping, steps = choose.clipping_for(length.schedule(base), total, base.eps, base.momentum)
     reason = f"SkipInit can reach 0.1 in {steps} of {total} steps"
     if config.norm == "batch":
         reason = f"as for a normalizer-free network of {total} steps"

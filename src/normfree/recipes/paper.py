@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from normfree.config import DataConfig, Given, ModelConfig, OptimConfig, Run, TrainConfig
 from normfree.data.sources import Source
-from normfree.models import model_config
+from normfree.models import NetworkConfig, model_config, parse_options, with_options
 from normfree.recipes import choose
 
 IMAGENET = (1_281_167, 50_000, 1000)  # training and validation images, classes
@@ -25,7 +25,7 @@ def nfnet_imagenet(name: str, sam: bool = False) -> Recipe:
     """360 epochs at batch 4,096 (A.1); with SAM as A.4 has it."""
 
     def recipe(given: Given, images: Source) -> Run:  # noqa: ARG001 (as every recipe)
-        c = model_config(name)
+        c, model = _model(given, name)
         batch = given.choose("train.batch_size", 4096, "A.1")
         optim = OptimConfig(
             lr=given.choose("optim.lr", 0.1 * batch / 256, f"0.1 x {batch} / 256 (A.1)"),
@@ -35,31 +35,29 @@ def nfnet_imagenet(name: str, sam: bool = False) -> Recipe:
             sam_rho=0.05 if sam else 0.0,
             sam_shards=max(1, batch // 32),  # the paper's devices held 32 images each
         )
-        train = _train(given, name, batch, 360.0)
-        model = ModelConfig(name, c.drop_rate, c.stochastic_depth)
-        return given.apply(Run(f"{name}_imagenet", model, _data(given, c.train_size, c.test_size), optim, train))
+        data = _data(given, c.train_size, c.test_size)
+        return given.apply(Run(f"{name}_imagenet", model, data, optim, _train(given, c, data, batch, 360.0)))
 
     recipe.__doc__ = f"{name} on ImageNet, 360 epochs{', with SAM' if sam else ''} (A.1). Here: not measured."
     return recipe
 
 
-def nf_resnet_imagenet(name: str) -> Recipe:
-    """90 epochs at batches of 256 to 4,096 (4.1)."""
+def resnet_imagenet(name: str) -> Recipe:
+    """90 epochs at batches of 256 to 4,096 (4.1): with AGC, or with batch norm in its place."""
 
     def recipe(given: Given, images: Source) -> Run:  # noqa: ARG001 (as every recipe)
-        c = model_config(name)
+        c, model = _model(given, name)
         batch = given.choose("train.batch_size", 1024, "4.1 has 256 to 4,096")
-        clipping = _LAMBDAS[min(_LAMBDAS, key=lambda b: abs(b - batch))]
+        clipping, why = _LAMBDAS[min(_LAMBDAS, key=lambda b: abs(b - batch))], "of 4.1; which for this batch is ours"
         optim = OptimConfig(
             lr=given.choose("optim.lr", 0.1 * batch / 256, f"0.1 x {batch} / 256 (4.1)"),
-            clipping=given.choose("optim.clipping", clipping, "one of those of 4.1; which for this batch is ours"),
+            clipping=given.choose("optim.clipping", clipping, why if c.norm == "none" else ""),
+            kind=given.choose("optim.kind", "agc" if c.norm == "none" else "sgd"),
             warmup=5.0,  # ours, after A.1
             weight_decay=given.choose("optim.weight_decay", 5e-5, "ours: 4.1 does not say"),
         )
-        train = _train(given, name, batch, 90.0)
-        model = ModelConfig(name, c.drop_rate, c.stochastic_depth)
         data = replace(_data(given, 224, 224), eval_crop="center")  # as the authors' code evaluates ResNets
-        return given.apply(Run(f"{name}_imagenet", model, data, optim, train))
+        return given.apply(Run(f"{name}_imagenet", model, data, optim, _train(given, c, data, batch, 90.0)))
 
     recipe.__doc__ = f"{name} on ImageNet, 90 epochs (Section 4.1). Here: not measured."
     return recipe
@@ -69,8 +67,8 @@ def pretrain(name: str, epochs: float) -> Recipe:
     """On a large set of labelled images: 224 px, crops and flips only, no average (A.5)."""
 
     def recipe(given: Given, images: Source) -> Run:
-        c = model_config(name)
-        nfnet = name.startswith("nfnet")
+        c, model = _model(given, name)
+        nfnet = c.final != "none"
         batch = given.choose("train.batch_size", 4096 if nfnet else 1024, "A.5")
         warmup = 5.0 if nfnet else 5000 * batch / len(images)
         optim = OptimConfig(
@@ -80,10 +78,8 @@ def pretrain(name: str, epochs: float) -> Recipe:
             weight_decay=1e-6 if nfnet else 1e-5,
             ema_decay=0.0,
         )
-        train = _train(given, name, batch, epochs)
-        model = ModelConfig(name, c.drop_rate, c.stochastic_depth)
         data = replace(_data(given, 224, 224), eval_crop="squash" if nfnet else "center")
-        return given.apply(Run(f"{name}_pretrain", model, data, optim, train))
+        return given.apply(Run(f"{name}_pretrain", model, data, optim, _train(given, c, data, batch, epochs)))
 
     recipe.__doc__ = f"{name}, {epochs:g} epochs of large-scale pre-training (A.5). Here: not measured."
     return recipe
@@ -93,7 +89,8 @@ def finetune(name: str) -> Recipe:
     """15,000 steps at batch 2,048 from pre-trained weights, at 224, 320 or 384 px (A.5)."""
 
     def recipe(given: Given, images: Source) -> Run:
-        nfnet = name.startswith("nfnet")
+        c, model = _model(given, name)
+        nfnet = c.final != "none"
         batch = given.choose("train.batch_size", 2048, "A.5")
         size = given.choose("data.size", 384, "A.5 has 224, 320 and 384")
         epochs = given.choose("train.epochs", 15_000 * batch / len(images), "15,000 steps (A.5)")
@@ -106,19 +103,26 @@ def finetune(name: str) -> Recipe:
             sam_rho=0.05 if nfnet else 0.0,
             sam_shards=max(1, batch // 32),
         )
-        train = _train(given, name, batch, epochs)
-        model = ModelConfig(name, *((0.25, 0.1) if nfnet else (0.0, 0.0)))
+        drop_rate, depth = (0.25, 0.1) if nfnet else (0.0, 0.0)
+        model = replace(model, drop_rate=drop_rate, stochastic_depth=depth)
         data = replace(_data(given, size, size), eval_crop="squash" if nfnet else "center")
-        return given.apply(Run(f"{name}_finetune", model, data, optim, train))
+        return given.apply(Run(f"{name}_finetune", model, data, optim, _train(given, c, data, batch, epochs)))
 
     recipe.__doc__ = f"{name}, fine-tuned for 15,000 steps from --weights (A.5). Here: not measured."
     return recipe
 
 
+def _model(given: Given, name: str) -> tuple[NetworkConfig, ModelConfig]:
+    """The network of a recipe, or another that is given, with its options, and its rates as settings."""
+    name = given.choose("model.name", name)
+    c = with_options(model_config(name), parse_options(given.values.get("model.options", ())))
+    return c, ModelConfig(name, c.drop_rate, c.stochastic_depth)
+
+
 def _data(given: Given, size: int, test_size: int) -> DataConfig:
     return DataConfig(
         root=given.values["data.root"],
-        size=size,
+        size=given.choose("data.size", size),
         test_size=given.choose("data.test_size", test_size),
         train_crop="box",
         min_area=0.08,
@@ -133,10 +137,9 @@ def _data(given: Given, size: int, test_size: int) -> DataConfig:
     )
 
 
-def _train(given: Given, name: str, batch: int, epochs: float) -> TrainConfig:
+def _train(given: Given, network: NetworkConfig, data: DataConfig, batch: int, epochs: float) -> TrainConfig:
     device = given.choose("train.device", *choose.device())
-    config, size = model_config(name), given.values.get("data.size", model_config(name).train_size)
-    micro, why = choose.micro_batch(replace(config), size, batch, device)
+    micro, why = choose.micro_batch(network, data.size, batch, device)
     return TrainConfig(
         epochs=epochs,
         batch_size=batch,
@@ -150,7 +153,8 @@ def _train(given: Given, name: str, batch: int, epochs: float) -> TrainConfig:
 PAPER: dict[str, Recipe] = {
     **{f"nfnet_f{n}_imagenet": nfnet_imagenet(f"nfnet_f{n}") for n in range(7)},
     **{f"nfnet_f{n}_sam_imagenet": nfnet_imagenet(f"nfnet_f{n}", sam=True) for n in (5, 6)},
-    **{f"nf_resnet{n}_imagenet": nf_resnet_imagenet(f"nf_resnet{n}") for n in (50, 101, 152, 200)},
+    **{f"nf_resnet{n}_imagenet": resnet_imagenet(f"nf_resnet{n}") for n in (50, 101, 152, 200)},
+    **{f"bn_resnet{n}_imagenet": resnet_imagenet(f"bn_resnet{n}") for n in (50, 101, 152, 200)},
     "nfnet_f4_pretrain": pretrain("nfnet_f4", 40.0),
     "nfnet_f4_plus_pretrain": pretrain("nfnet_f4_plus", 20.0),
     **{f"nf_resnet{n}_pretrain": pretrain(f"nf_resnet{n}", 10.0) for n in (50, 101, 152, 200)},

@@ -27,7 +27,7 @@ def finish(job: Job, state: State) -> dict[str, Any]:
     ignored = _ignored(job)
     bad = ignored | state.bad
     summary: dict[str, Any] = {
-        **score(outputs).as_dict(),
+        **score(outputs, job.run.optim.loss).as_dict(),
         "epochs": state.step * job.run.train.batch_size / len(job.train),
         "steps": state.step,
         "wall_seconds": round(state.seconds, 3),

@@ -20,12 +20,14 @@ from normfree.files import write_json
 from normfree.models import Network, model_config, parse_options, with_options
 from normfree.models.download import find_weights
 from normfree.models.weights import describe, save_weights
+from normfree.nn.loss import balanced_weights
 from normfree.runlog import ProgressLine, Screen, duration, percent
+from normfree.train.build import build_learner, unclipped_names
 from normfree.train.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
-from normfree.train.loss import balanced_weights
+from normfree.train.length import run_length
 from normfree.train.record import RunFolder
 from normfree.train.signals import StopRequest
-from normfree.train.step import Learner, Outcome, build_learner, unclipped_names
+from normfree.train.step import Learner, Outcome
 
 
 class Diverged(UserError):
@@ -96,16 +98,13 @@ def check_run(run: Run, images: int) -> None:
 
 
 def prepare(run: Run, folder: RunFolder, train: Source, val: Source, screen: Screen) -> Job:
-    """Build the learner and lay out the steps: epoch e ends at the first step by which e passes are done."""
-    per_epoch = len(train) / run.train.batch_size
-    total = max(1, math.floor(run.train.epochs * per_epoch))
-    ends = {min(total, math.ceil(e * per_epoch)) for e in range(1, math.ceil(run.train.epochs) + 1)}
-    preprocessing = eval_preprocessing(run)
-    learner = build_learner(run, len(train.classes), total, per_epoch, preprocessing)
+    """Build the learner and lay out the steps."""
+    length = run_length(run, len(train))
+    learner = build_learner(run, len(train.classes), length, eval_preprocessing(run))
     if run.optim.class_weights == "balanced":
         weights = balanced_weights(torch.from_numpy(train.labels), len(train.classes))
         learner.class_weights = weights.to(run.train.device)
-    return Job(run, folder, train, val, train_crop(run), learner, total, frozenset(ends | {total}), screen)
+    return Job(run, folder, train, val, train_crop(run), learner, length.total, length.evaluate_at(), screen)
 
 
 def eval_preprocessing(run: Run) -> Preprocessing:
@@ -227,7 +226,7 @@ def _evaluate(job: Job, state: State, should_stop: Callable[[], bool]) -> None:
             )
         except Interrupted:
             return  # still due: the loop saves, and the next process evaluates
-        scores[kind] = score(outputs)
+        scores[kind] = score(outputs, job.run.optim.loss)
         if not math.isfinite(scores[kind].loss):
             raise Diverged(_diagnosis(job, state))
         for index, reason in outputs.bad:
@@ -250,6 +249,7 @@ def _about(job: Job, kind: str, step: int) -> dict[str, Any]:
         "classes": list(job.train.classes),
         "preprocessing": asdict(job.learner.preprocessing),
         "eval_batch_size": job.run.train.eval_batch_size,
+        "loss": job.run.optim.loss,
         "weights": kind,
         "step": step,
     }
@@ -276,7 +276,7 @@ def _save(job: Job, state: State) -> None:
     if not math.isfinite(state.sums[0]):
         raise Diverged(_diagnosis(job, state))
     state.micro_batch = job.learner.micro_batch
-    state.clipped = {n: [int(clipped), units] for n, (clipped, units) in job.learner.clipped.items()}
+    state.clipped = {n: list(units) for n, units in job.learner.clipped_units().items()}
     if job.learner.scaler is not None:
         state.loss_scale = job.learner.scaler.state_dict()
     save_checkpoint(job.folder.checkpoints, state.step, job.learner.tensors(), asdict(state))
@@ -314,7 +314,7 @@ def resume(job: Job) -> State:
     learner = job.learner
     learner.load_tensors(checkpoint.tensors, state.step)
     learner.micro_batch = state.micro_batch
-    learner.clipped = {n: (torch.tensor(clipped), units) for n, (clipped, units) in state.clipped.items()}
+    learner.load_clipped_units(state.clipped)
     if learner.scaler is not None and state.loss_scale:
         learner.scaler.load_state_dict(state.loss_scale)
     job.folder.truncate_metrics(state.step, state.evaluated)

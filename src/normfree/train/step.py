@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from normfree import random
-from normfree.config import Run, UserError
+from normfree.config import Run, is_out_of_memory
 from normfree.data.crop import Preprocessing
 from normfree.data.loader import Batch
-from normfree.models import Network, create_model, parse_options
+from normfree.models import Network
 from normfree.models.weights import Loaded, fill_from
 from normfree.nn.layers import Draws
-from normfree.optim import AGCSGD, EMA, LARS, SAM, WarmupCosine, param_groups
+from normfree.nn.loss import hits, sample_losses
+from normfree.optim import AGCSGD, EMA, SAM, WarmupCosine
 from normfree.optim.agc import clip_group_
 from normfree.random import Purpose
-from normfree.train.loss import hits, sample_losses
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -56,48 +55,50 @@ class Learner:
     micro_batch: int | None = None  # images at once; falls when memory runs out
     sam: SAM | None = None
     scaler: torch.amp.GradScaler | None = None
-    clipped: dict[str, tuple[Tensor, int]] = field(default_factory=dict)  # (clipped, looked at) units by tensor
+    # units that were clipped, on the device, and looked at: a row for each of the tensors that were looked at together
+    clipped: dict[tuple[str, ...], tuple[Tensor, list[int]]] = field(default_factory=dict)
 
     def step(self, batch: Batch, taken: int, applied: int) -> Outcome:
         """Update the weights and their average on a batch.
 
         Args:
-            batch: its images may be fewer than usual.
+            batch: what the loader delivers.
             taken: batches before this one, which key the random masks.
             applied: steps before this one that changed the weights, which give the learning rate.
         """
         device = self.model.fc.weight.device
         images = batch.images.to(device, non_blocking=True)
         targets = batch.labels.to(device, non_blocking=True)
-        sums = self._fitting_gradients(_Work(images, targets, self._draws(taken, len(targets))))
-        if applied < self.head_steps:
+        head_only = applied < self.head_steps
+        if self.head_steps > 0:
             for name, p in self.model.named_parameters():
-                if not name.startswith("fc."):
-                    p.grad = None  # neither clipped, nor decayed, nor in the momentum
+                p.requires_grad_(not head_only or name.startswith("fc."))
+        buffers = _Buffers(self.model)
+        with frozen_statistics(self.model) if head_only else nullcontext():
+            sums = self._fitting_gradients(_Work(images, targets, self._draws(taken, len(targets))), buffers)
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule(applied)
         counts = self._update()
         if counts is None:
+            buffers.restore()
             return Outcome(torch.cat([sums, sums.new_zeros(2)]), applied=False)
         self.ema.update(self.model)
         return Outcome(torch.cat([sums, self._count(counts)]), applied=True)
 
-    def _fitting_gradients(self, work: _Work) -> Tensor:
+    def _fitting_gradients(self, work: _Work, buffers: _Buffers) -> Tensor:
         """`_gradients`, of half as many images at once, from now on, as long as memory runs out."""
         images = len(work.targets)
-        buffers = [(b, b.clone()) for b in self.model.buffers()]  # of batch norm
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             try:
                 return self._gradients(work)
             except (RuntimeError, MemoryError) as e:
-                if not _is_out_of_memory(e) or min(images, self.micro_batch or images) == 1:
+                if not is_out_of_memory(e) or min(images, self.micro_batch or images) == 1:
                     raise
             # behind the handler, which keeps the maps of the failed step alive
             if self.sam is not None:
                 self.sam.restore()
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            buffers.restore()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self.micro_batch = max(1, min(self.micro_batch or images, images) // 2)
@@ -114,7 +115,7 @@ class Learner:
             few = slots[:: o.sam_every]
             with self.sam.ascent():
                 self._backward(work, few, len(few))
-            with self.sam.descent(), _frozen_statistics(self.model):
+            with self.sam.descent(), frozen_statistics(self.model):
                 sums += self._backward(work, slots, n)
         return sums
 
@@ -160,18 +161,34 @@ class Learner:
         """Add to the counts by tensor; returns (2,) clipped and all units of the step."""
         totals = torch.zeros(2, dtype=torch.float64, device=self.model.fc.weight.device)
         for names, clipped, units in counts:
-            for name, count, all_units in zip(names, clipped, units, strict=True):
-                before, looked_at = self.clipped.get(name, (torch.zeros_like(count), 0))
-                self.clipped[name] = (before.to(count.device) + count, looked_at + all_units)
+            key = tuple(names)
+            before, looked_at = self.clipped.get(key, (torch.zeros_like(clipped), [0] * len(units)))
+            self.clipped[key] = before + clipped, [a + b for a, b in zip(looked_at, units, strict=True)]
             totals[0] += clipped.sum()
             totals[1] += sum(units)
         return totals
 
+    def clipped_units(self) -> dict[str, tuple[int, int]]:
+        """(clipped, looked at) units of each tensor since `clipped_shares` was last asked."""
+        found: dict[str, tuple[int, int]] = {}
+        for names, (clipped, units) in self.clipped.items():
+            for name, a, b in zip(names, clipped.tolist(), units, strict=True):
+                before = found.get(name, (0, 0))
+                found[name] = before[0] + a, before[1] + b
+        return found
+
     def clipped_shares(self) -> dict[str, float]:
         """The share of clipped units of each tensor since this was last asked."""
-        shares = {n: int(clipped) / units for n, (clipped, units) in self.clipped.items()}
+        shares = {name: clipped / units for name, (clipped, units) in self.clipped_units().items()}
         self.clipped = {}
         return shares
+
+    def load_clipped_units(self, units: Mapping[str, Sequence[int]]) -> None:
+        """Go on counting from what `clipped_units` returned."""
+        self.clipped = {}
+        if units:
+            clipped = torch.tensor([a for a, _ in units.values()], device=self.model.fc.weight.device)
+            self.clipped[tuple(units)] = clipped, [b for _, b in units.values()]
 
     def _draws(self, taken: int, n: int) -> Draws:
         """The masks of dropout and stochastic depth, by (seed, step, slot, layer)."""
@@ -240,9 +257,20 @@ def _parts(slots: range, size: int | None) -> Iterator[range]:
     return (slots[i : i + size] for i in range(0, len(slots), size))
 
 
+class _Buffers:
+    """The running statistics of batch norm, to be put back where a step is given up."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._saved = [(b, b.clone()) for b in model.buffers()]
+
+    def restore(self) -> None:
+        for buffer, before in self._saved:
+            buffer.copy_(before)
+
+
 @contextmanager
-def _frozen_statistics(model: torch.nn.Module) -> Iterator[None]:
-    """Batch norm goes by the batch, as in training, and leaves its running statistics as the ascent made them."""
+def frozen_statistics(model: torch.nn.Module) -> Iterator[None]:
+    """Batch norm goes by the batch, as in training, and leaves its running statistics as they are."""
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d) and m.track_running_stats]
     for m in norms:
         m.track_running_stats = False
@@ -251,58 +279,3 @@ def _frozen_statistics(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for m in norms:
             m.track_running_stats = True
-
-
-def _is_out_of_memory(e: BaseException) -> bool:
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(e, (torch.cuda.OutOfMemoryError, MemoryError)) or any(w in str(e) for w in words)
-
-
-def build_learner(run: Run, classes: int, steps: int, steps_per_epoch: float, preprocessing: Preprocessing) -> Learner:
-    """A learner at its start; the weights are drawn from torch's generator, seeded with the run's seed."""
-    torch.manual_seed(run.train.seed)
-    m, o, t = run.model, run.optim, run.train
-    model = create_model(
-        m.name,
-        classes,
-        drop_rate=m.drop_rate,
-        stochastic_depth=m.stochastic_depth,
-        skip_init=m.skip_init,
-        **parse_options(m.options),
-    )
-    model = model.to(device=t.device).train()
-    model.remat = t.remat
-    schedule = WarmupCosine(o.lr, steps, min(o.warmup * steps_per_epoch, steps - 1), floor=o.floor)
-    learner = Learner(model, EMA(model, o.ema_decay), _optimizer(run, model), schedule, preprocessing, run)
-    scaler = torch.amp.GradScaler(t.device.partition(":")[0]) if t.precision == "fp16" else None
-    sam = SAM(model.parameters(), o.sam_rho) if o.sam_rho > 0 else None
-    head_steps = o.head_only * steps_per_epoch
-    return replace(learner, head_steps=head_steps, micro_batch=t.micro_batch, scaler=scaler, sam=sam)
-
-
-def _optimizer(run: Run, model: Network) -> torch.optim.Optimizer:
-    o = run.optim
-    clipping = o.clipping if o.kind in ("agc", "adamw") else None
-    groups: Any = param_groups(model, o.weight_decay, clipping, overrides=unclipped_names(model, o.unclipped))
-    if o.kind == "lars":
-        return LARS(groups, lr=o.lr, momentum=o.momentum)
-    if o.kind == "adamw":
-        return torch.optim.AdamW(groups, lr=o.lr)
-    return AGCSGD(groups, lr=o.lr, momentum=o.momentum, nesterov=o.nesterov, clipping=clipping, eps=o.eps)
-
-
-def unclipped_names(model: Network, parts: tuple[str, ...]) -> dict[str, None]:
-    """Overrides for `param_groups` that exempt parts of a network, "stem", "stage0", .., "head", or patterns of names.
-
-    Raises:
-        UserError: a part that the network does not have.
-    """
-    names = [n for n, _ in model.named_parameters()]
-    found: dict[str, None] = {}
-    for part in parts:
-        of_part = [n for n in names if part == model.part_of(n) or fnmatchcase(n, part)]
-        if not of_part:
-            known = ", ".join(sorted({model.part_of(n) for n in names}))
-            raise UserError(f"no part or parameter of the network is called {part!r}; its parts are {known}")
-        found |= dict.fromkeys(of_part)
-    return found

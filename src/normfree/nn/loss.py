@@ -6,11 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from normfree.nn.layers import at_least_float32
+
+LOSSES = ("softmax", "sigmoid")
+
 
 def sample_losses(
     logits: Tensor, targets: Tensor, kind: str = "softmax", smoothing: float = 0.0, weights: Tensor | None = None
 ) -> Tensor:
-    """The loss of each sample, float32: (N, classes), targets -> (N,).
+    """The loss of each sample, float32 or float64: (N, classes), targets -> (N,).
 
     Args:
         logits: (N, classes).
@@ -21,8 +25,8 @@ def sample_losses(
             (1 - s) t + s / 2.
         weights: (classes,) factors of the terms of each class; scale them to mean 1 to keep the learning rate.
     """
-    logits = logits.float()
-    t = F.one_hot(targets, logits.shape[1]).float() if targets.ndim == 1 else targets.float()
+    logits = at_least_float32(logits)
+    t = (F.one_hot(targets, logits.shape[1]) if targets.ndim == 1 else targets).to(logits.dtype)
     if kind == "softmax":
         if smoothing:
             t = (1.0 - smoothing) * t + smoothing / logits.shape[1]
@@ -32,6 +36,11 @@ def sample_losses(
             t = (1.0 - smoothing) * t + smoothing / 2
         terms = F.binary_cross_entropy_with_logits(logits, t, reduction="none")
     return (terms if weights is None else terms * weights).sum(1)
+
+
+def probabilities(logits: Tensor, kind: str = "softmax") -> Tensor:
+    """What the loss takes logits for, in float64: (.., classes) -> the same shape; with the sigmoid not of sum 1."""
+    return logits.double().softmax(-1) if kind == "softmax" else logits.double().sigmoid()
 
 
 def balanced_weights(labels: Tensor, classes: int) -> Tensor:
