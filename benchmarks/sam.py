@@ -23,9 +23,8 @@ from normfree.config import Given, Run
 from normfree.data.loader import Batch
 from normfree.data.sources import SyntheticSource
 from normfree.recipes import RECIPES
-from normfree.train.build import build_learner
+from normfree.train.build import build_learner, eval_preprocessing
 from normfree.train.length import Length
-from normfree.train.loop import eval_preprocessing
 from normfree.train.step import Learner
 
 FORMS = {"plain": (0.0, 1), "a fifth": (0.05, 5), "full": (0.05, 1)}  # rho, every

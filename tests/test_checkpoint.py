@@ -686,7 +686,7 @@ def test_held_out_files_are_found_again(tmp_path: Path, weird: str) -> None:
     put(root, *(f"{c}/{i}{weird}.jpg" for c in "ab" for i in range(6)))
     run = run_on(root)
     train, val = open_data(str(root), 0.5)
-    held_out(folder, train, val)
+    held_out(folder, val)
     put(root, *(f"{c}/new{i}.jpg" for c in "ab" for i in range(6)))
     found = validation_source(folder, run, train.classes)
     assert [found.name(i) for i in range(len(found))] == [val.name(i) for i in range(len(val))]
@@ -699,10 +699,10 @@ def test_a_validation_folder_is_opened_again(tmp_path: Path) -> None:
 
     root, folder = tmp_path / "images", RunFolder(tmp_path)
     put(root, *(f"{half}/{c}/{i}.jpg" for half in ("train", "val") for c in "ab" for i in range(2)))
-    held_out(folder, *open_data(str(root), 0.5))
+    held_out(folder, open_data(str(root), 0.5)[1])
     assert not folder.validation.exists()
     found = validation_source(folder, run_on(root), ("a", "b"))
-    assert [found.name(i) for i in range(4)] == ["a/0.jpg", "a/1.jpg", "b/0.jpg", "b/1.jpg"]
+    assert [found.name(i) for i in range(4)] == [f"val/{n}.jpg" for n in ("a/0", "a/1", "b/0", "b/1")]
     assert len(open_folder(root / "val")) == 4
 
 

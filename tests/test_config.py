@@ -7,9 +7,11 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,12 +23,18 @@ from normfree.config import (
     Run,
     TrainConfig,
     UserError,
+    check_given,
     check_ranges,
     flat,
     from_dict,
+    is_out_of_memory,
     suggestion,
     to_dict,
 )
+from normfree.data.crop import Preprocessing
+from normfree.data.loader import Batch
+from normfree.train.build import build_learner
+from normfree.train.length import Length
 
 CALM = settings(deadline=None, max_examples=60)  # a busy machine is no failure
 RUN = Run(
@@ -226,6 +234,118 @@ def test_a_number_out_of_range_is_refused(name: str, wrong: Any) -> None:
     message = refusal(lambda: check_ranges({name: wrong}))
     assert message.startswith(f"{name} must be ")
     assert message.endswith(f", not {wrong}")
+
+
+# check_given
+
+
+KINDS = ("agc", "sgd", "norm", "lars", "adamw")
+# settings of an optimizer, each with another value, and the kinds that look at it
+LOOKED_AT: dict[str, tuple[Any, set[str]]] = {
+    "optim.clipping": (1e-3, {"agc", "norm", "adamw"}),
+    "optim.eps": (10.0, {"agc", "adamw"}),
+    "optim.unclipped": (("stage0", "stem"), {"agc", "adamw"}),
+    "optim.lambdas": (("stage0=1e-4",), {"agc", "adamw"}),
+    "optim.clip_classifier": (True, {"agc", "adamw"}),
+    "optim.momentum": (0.5, {"agc", "sgd", "norm", "lars"}),
+    "optim.nesterov": (False, {"agc", "sgd", "norm"}),
+    "optim.weight_decay": (0.1, set(KINDS)),
+    "optim.lr": (0.05, set(KINDS)),
+}
+OWN = {"norm": ["optim.clipping"], "lars": ["optim.lr"], "adamw": ["optim.lr", "optim.weight_decay"]}
+
+
+def of_kind(kind: str, **more: Any) -> Run:
+    return replace(RUN, optim=replace(RUN.optim, kind=kind, **more))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", LOOKED_AT)
+def test_a_setting_that_does_nothing_is_refused(kind: str, name: str) -> None:
+    """By name, with the kind of optimizer; any other is let through, if the kind has what it needs of its own."""
+    value, kinds = LOOKED_AT[name]
+    values: dict[str, Any] = dict.fromkeys(OWN.get(kind, []), 0.3)
+    values |= {name: value, "optim.kind": kind}
+    run = Given(values).apply(RUN)
+    if kind in kinds:
+        check_given(run, values)
+    else:
+        assert (
+            refusal(lambda: check_given(run, values)) == f"{name} does nothing with --optim.kind {kind}; leave it out"
+        )
+
+
+def _two_steps(run: Run) -> list[torch.Tensor]:
+    """The weights behind two steps of a narrow network on noise."""
+    learner = build_learner(run, 3, Length(4.0, 1.0), Preprocessing(32, "pad", 0, (0.5,) * 3, (0.2,) * 3))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (6, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    for step in (1, 2):
+        learner.step(
+            Batch(images.permute(0, 3, 1, 2), torch.arange(6) % 3, torch.ones(6, dtype=torch.bool), []), 0, step
+        )
+    return [p.detach() for p in learner.model.parameters()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_refused_does_nothing_and_the_rest_something(kind: str) -> None:
+    """The table above is what training does: two steps with and without each setting."""
+    options = ("widths=8,16", "depths=1,1", "strides=1,2", "stem_widths=4", "stem_strides=2", "group_width=4")
+    run = of_kind(kind, clipping=0.02, lr=0.02, weight_decay=0.01)
+    run = replace(run, model=ModelConfig("nfnet_tiny", skip_init=1.0, options=(*options, "final_width=8")))
+    plain = _two_steps(run)
+    for name, (value, kinds) in LOOKED_AT.items():
+        other = _two_steps(Given({name: value}).apply(run))
+        same = all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
+        assert same == (kind not in kinds), name
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_what_a_kind_needs_of_its_own_must_be_given(kind: str) -> None:
+    """Since our defaults are those of AGC: a largest norm for Eq. 2, a rate for LARS and AdamW."""
+    for name in OWN[kind]:
+        others = {"optim.kind", *OWN[kind]} - {name}
+        message = refusal(partial(check_given, of_kind(kind), others))
+        assert message.startswith(f"--optim.kind {kind} needs its own --{name}: ")
+    check_given(of_kind(kind), {"optim.kind", *OWN[kind]})
+
+
+def test_settings_of_sam_need_sam() -> None:
+    """Refused without it, by the first name; let through with it, and where they were not given."""
+    given_names = {"optim.sam_every", "optim.sam_shards"}
+    for names in ({"optim.sam_every"}, {"optim.sam_shards"}, given_names):
+        message = refusal(lambda names=names: check_given(RUN, names))  # type: ignore[misc]
+        assert message == f"{min(names)} does nothing without SAM; switch it on with --optim.sam-rho 0.05"
+    check_given(of_kind("agc", sam_rho=0.05), given_names)
+    check_given(of_kind("agc", sam_every=2, sam_shards=4), [])
+
+
+# is_out_of_memory
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes"), True),
+        (RuntimeError("MPS backend out of memory"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (UserError("the folder out of memory is missing"), False),
+        (OSError("can't allocate memory"), False),
+    ],
+)
+def test_whether_memory_ran_out(error: Exception, expected: bool) -> None:
+    """By type or by torch's words, on any device; a user's file may be called so."""
+    assert is_out_of_memory(error) is expected
+
+
+def test_torch_says_so_in_these_words() -> None:
+    """More than any machine has, on the CPU."""
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 58, dtype=torch.uint8)
+    assert is_out_of_memory(raised.value)
 
 
 # Given

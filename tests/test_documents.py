@@ -10,7 +10,7 @@ import pytest
 
 import normfree
 from normfree.cli import COMMANDS
-from normfree.cli.train import _SECTIONS
+from normfree.cli.settings import SECTIONS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -27,7 +27,7 @@ def test_the_readmes_code_runs(narrow: str, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     normfree.export_weights(normfree.create_model(narrow), "F0_haiku.npz", "authors")
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for text in blocks:
         exec(compile(text.replace("nfnet_f0", narrow), "README.md", "exec"), {})
 
@@ -50,7 +50,7 @@ def test_the_public_names_are_there() -> None:
         assert callable(getattr(normfree, name))
         assert name in dir(normfree)
     assert "AGCSGD" in dir(normfree.optim)
-    assert set(_SECTIONS) == {"model", "data", "optim", "train"}
+    assert set(SECTIONS) == {"model", "data", "optim", "train"}
 
 
 def test_importing_the_library_is_free_and_its_parts_need_no_command_line() -> None:

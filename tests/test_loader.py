@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from PIL import Image
 
 from normfree.data.crop import DRAWS, Preprocessing, TrainCrop
 from normfree.data.decode import BadImage
-from normfree.data.loader import Batch, eval_batches, train_batches
+from normfree.data.loader import Batch, LoaderStalled, Loading, eval_batches, on_device, train_batches
 from normfree.data.order import samples_at
 from normfree.data.sources import ArraySource, FolderSource, Source, open_folder
 from normfree.random import Purpose, uniform
@@ -70,7 +71,7 @@ def damaged(tmp_path: Path) -> FolderSource:
 
 
 def batches_of(source: Source, steps: range = range(STEPS), workers: int = 0, seed: int = 3) -> list[Batch]:
-    return list(train_batches(source, CROP, seed, BATCH, steps, workers))
+    return list(train_batches(source, CROP, seed, BATCH, steps, Loading(workers)))
 
 
 def same(found: Iterable[Batch], expected: Iterable[Batch]) -> bool:
@@ -117,6 +118,86 @@ def test_a_resumed_stream_goes_on_as_if_nothing_had_been(damaged: FolderSource, 
         assert same(batches_of(damaged, range(start, STEPS), workers), whole[start:])
 
 
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ranks_load_the_parts_of_the_same_batches(damaged: FolderSource, workers: int, world: int) -> None:
+    """Order, crops and replacements are those of one process, whatever the number of ranks and workers."""
+    whole = list(train_batches(damaged, CROP, 3, 8, range(4)))
+    for rank in range(world):
+        slots = range(rank * 8 // world, (rank + 1) * 8 // world)
+        for step, batch in enumerate(train_batches(damaged, CROP, 3, 8, range(4), Loading(workers), slots)):
+            assert torch.equal(batch.images, whole[step].images[slots.start : slots.stop])
+            assert torch.equal(batch.labels, whole[step].labels[slots.start : slots.stop])
+
+
+def test_processes_that_are_spawned_deliver_the_same(source: FolderSource) -> None:
+    """Where there is no fork, sources and crops travel to the processes."""
+    spawned = train_batches(source, CROP, 3, BATCH, range(2), Loading(1, start="spawn"))
+    assert same(spawned, batches_of(source, range(2)))
+
+
+class _Stuck(ArraySource):
+    """Its third image never comes."""
+
+    def content(self, index: int) -> NDArray[np.uint8]:
+        if index == 2:
+            time.sleep(1000)
+        return super().content(index)
+
+
+class _Fatal(ArraySource):
+    """Its third image ends the process that reads it."""
+
+    def content(self, index: int) -> NDArray[np.uint8]:
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().content(index)
+
+
+def _arrays(kind: type[ArraySource]) -> ArraySource:
+    return kind(np.zeros((3, SIZE, SIZE, 3), np.uint8), np.arange(3), ("a", "b", "c"), ["0", "1", "2"])
+
+
+def test_a_loader_that_is_stuck_says_where(capfd: pytest.CaptureFixture[str]) -> None:
+    """After the time-out: an error, and the stack of the process on standard error, with the line that waits."""
+    with pytest.raises(LoaderStalled, match=r"data\.timeout"):
+        list(train_batches(_arrays(_Stuck), CROP, 0, 3, range(3), Loading(1, timeout=2.0)))
+    assert "in content" in capfd.readouterr().err
+
+
+def test_a_loader_process_that_was_killed_is_named() -> None:
+    """As the system does when memory runs out."""
+    with pytest.raises(LoaderStalled, match=r"data\.workers"):
+        list(train_batches(_arrays(_Fatal), CROP, 0, 3, range(3), Loading(1)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_arrive_on_a_cuda_device(source: FolderSource, workers: int) -> None:
+    """As they are here, while the device computes."""
+    device = torch.device("cuda")
+    busy = torch.randn(4096, 4096, device=device)
+    expected = batches_of(source)
+    stream = train_batches(source, CROP, 3, BATCH, range(STEPS), Loading(workers, pin=True))
+    for found, here in zip(on_device(stream, device), expected, strict=True):
+        busy = busy @ busy / 4096
+        assert found.images.device.type == found.labels.device.type == "cuda"
+        assert torch.equal(found.images.cpu(), here.images)
+        assert torch.equal(found.labels.cpu(), here.labels)
+
+
+def test_several_labels_travel_as_zeros_and_ones(source: FolderSource) -> None:
+    """(N, classes) float32 in training and evaluation, zeros where an evaluation is padded."""
+    several = replace(source, labels=np.eye(3, dtype=bool)[source.labels] | np.eye(3, dtype=bool)[0])
+    for found, plain in zip(batches_of(several, range(3)), batches_of(source, range(3)), strict=True):
+        expected = torch.eye(3)[plain.labels]
+        expected[:, 0] = 1.0
+        assert torch.equal(found.labels, expected)
+        assert found.labels.dtype == torch.float32
+    last = list(eval_batches(several, STILL, 7))[-1]
+    assert last.labels[~last.valid].sum() == 0
+
+
 def test_a_stream_of_other_order_is_noticed(source: FolderSource) -> None:
     """The comparison above is one that fails: another seed, and a start one step later, are other batches."""
     whole = batches_of(source)
@@ -158,8 +239,8 @@ def test_streams_leave_nothing_open(source: FolderSource) -> None:
 
     def use() -> None:
         batches_of(source, range(2), workers=1)
-        next(train_batches(source, CROP, 3, BATCH, range(9), workers=1))
-        list(eval_batches(source, STILL, 9, workers=1))
+        next(train_batches(source, CROP, 3, BATCH, range(9), Loading(1)))
+        list(eval_batches(source, STILL, 9, Loading(1)))
 
     use()
     gc.collect()
@@ -175,7 +256,7 @@ def test_shifted_crops_of_arrays() -> None:
     images = np.random.default_rng(1).integers(0, 256, (7, 9, 9, 3), dtype=np.uint8)
     arrays = ArraySource(images, np.arange(7) % 2, ("a", "b"), [str(i) for i in range(7)])
     crop = TrainCrop("shift", SIZE, 1.0, 2, 0.1, 10.0, False, Preprocessing(SIZE, "pad", 1, (0,) * 3, (1,) * 3))
-    found, expected = (list(train_batches(arrays, crop, 0, 4, range(5), workers)) for workers in (1, 0))
+    found, expected = (list(train_batches(arrays, crop, 0, 4, range(5), Loading(workers))) for workers in (1, 0))
     assert same(found, expected)
     assert found[0].images.float().std() > 10
 
@@ -235,7 +316,7 @@ def hopeless(tmp_path: Path) -> FolderSource:
 def why_it_ends(source: Source, workers: int) -> str:
     """The message of BadImage; the exception, which holds the stream and so its workers, is let go."""
     try:
-        next(train_batches(source, CROP, 0, BATCH, range(3), workers))
+        next(train_batches(source, CROP, 0, BATCH, range(3), Loading(workers)))
     except BadImage as e:
         return str(e)
     return ""
@@ -296,7 +377,7 @@ def test_broken_images_are_not_evaluated(damaged: FolderSource) -> None:
 
 def test_evaluation_does_not_depend_on_workers(damaged: FolderSource) -> None:
     """Two workers deliver the same batches in the same order."""
-    assert same(eval_batches(damaged, STILL, 4, workers=2), eval_batches(damaged, STILL, 4))
+    assert same(eval_batches(damaged, STILL, 4, Loading(2)), eval_batches(damaged, STILL, 4))
 
 
 # processes
@@ -305,7 +386,7 @@ def test_evaluation_does_not_depend_on_workers(damaged: FolderSource) -> None:
 def test_workers_ignore_signals(source: FolderSource) -> None:
     """SIGINT and SIGTERM, sent to each worker, change nothing: the rest of the stream comes, from the same workers."""
     before = set(multiprocessing.active_children())
-    stream = train_batches(source, CROP, 3, BATCH, range(STEPS), workers=2)
+    stream = train_batches(source, CROP, 3, BATCH, range(STEPS), Loading(2))
     found = [next(stream), next(stream)]  # one of each worker, so both run
     workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2
@@ -323,13 +404,14 @@ SCRIPT = f"""
 import multiprocessing, sys
 import numpy as np
 from normfree.data.crop import Preprocessing, TrainCrop
-from normfree.data.loader import train_batches
+from normfree.data.loader import Loading, train_batches
 from normfree.data.sources import ArraySource
 
 images = np.zeros((8, {SIZE}, {SIZE}, 3), np.uint8)
 source = ArraySource(images, np.arange(8) % 2, ("a", "b"), [str(i) for i in range(8)])
 still = Preprocessing({SIZE}, "pad", 0, (0,) * 3, (1,) * 3)
-stream = train_batches(source, TrainCrop("shift", {SIZE}, 1.0, 1, 0.0, 0.0, False, still), 0, 4, range(1000), workers=4)
+crop = TrainCrop("shift", {SIZE}, 1.0, 1, 0.0, 0.0, False, still)
+stream = train_batches(source, crop, 0, 4, range(1000), Loading(4))
 next(stream)
 print(*(w.pid for w in multiprocessing.active_children()), flush=True)
 if sys.argv[1] == "wait":

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
+import pickle
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 
 import normfree
 from authors import load, our_layout, our_name
-from normfree.optim import AGCSGD, EMA, WarmupCosine, clip_grad_agc_, param_groups
+from normfree.optim import AGCSGD, EMA, SAM, WarmupCosine, clip_grad_agc_, param_groups
 from normfree.optim.agc import unit_norms
 
 
@@ -282,6 +285,34 @@ def test_the_average_starts_at_the_weights_and_warms_up() -> None:
     assert not any(p.requires_grad for p in ema.module.parameters())
 
 
+@pytest.mark.parametrize("decay", [0.99999, 0.2])
+def test_batch_norms_averages_are_averaged_as_the_weights(decay: float) -> None:
+    """A moving average of the moving averages, as EfficientNet has it: e += (1 - d) (b - e), d = (1 + t) / (10 + t)."""
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4)).double()
+    ema = EMA(model, decay)
+    expected = {n: t.clone() for n, t in model.state_dict().items()}
+    for t in range(4):
+        model(2 + 3 * torch.randn(5, 3, 6, 6, dtype=torch.float64))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p))
+        ema.update(model)
+        d = min(decay, (1 + t) / (10 + t))
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                expected[name] = expected[name] + (1 - d) * (value - expected[name])
+            torch.testing.assert_close(
+                ema.module.state_dict()[name],
+                expected[name] if value.is_floating_point() else value,
+                rtol=1e-12,
+                atol=0,
+            )
+    averages = dict(ema.module.named_buffers())
+    assert averages["1.num_batches_tracked"] == 4
+    assert not torch.allclose(averages["1.running_mean"], dict(model.named_buffers())["1.running_mean"], rtol=1e-3)
+
+
 # Units of other layers, overrides, SAM
 
 
@@ -473,3 +504,61 @@ def test_the_average_goes_on_from_its_state() -> None:
         average.update(model)
     assert other.updates == 4
     assert torch.equal(other.module.weight, ema.module.weight)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("clipping", [0.0, -0.01, math.nan])
+def test_a_lambda_must_be_positive_wherever_it_stands(clipping: float) -> None:
+    """0 does not exempt, None does: as an argument, by pattern, in a group, and in one that is added."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    for make in (
+        lambda: param_groups(model, clipping=clipping),
+        lambda: param_groups(model, overrides={"0.*": clipping}),
+        lambda: AGCSGD([{"params": list(model.parameters()), "clipping": clipping}], lr=0.1),
+        lambda: AGCSGD(model[0].parameters(), lr=0.1).add_param_group(
+            {"params": [model[1].weight], "clipping": clipping}
+        ),
+    ):
+        with pytest.raises(ValueError, match="positive"):
+            make()
+
+
+def test_the_classifier_is_exempt_whatever_parametrizes_it() -> None:
+    """Under weight or spectral norm, or as a convolution of single pixels."""
+    normed = nn.ModuleDict(
+        {"body": nn.Linear(3, 4), "fc": torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 2))}
+    )
+    pixels = nn.ModuleDict({"body": nn.Conv2d(3, 4, 3), "classifier": nn.Conv2d(4, 2, 1)})
+    for model, head in ((normed, "fc."), (pixels, "classifier.")):
+        for group in param_groups(model):
+            for name in group["names"]:
+                exempt = name.startswith(head) and "bias" not in name and "original0" not in name
+                assert (group["clipping"] is None) == exempt, name
+
+
+def test_an_optimizer_can_be_copied_and_pickled() -> None:
+    """With its momentum; what the last step clipped stays behind."""
+    model = nn.Linear(3, 2)
+    optimizer = AGCSGD(model.parameters(), lr=0.1)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert other.clipped_units()[1] == 0
+        for p, q in zip(optimizer.param_groups[0]["params"], other.param_groups[0]["params"], strict=True):
+            assert torch.equal(optimizer.momentum(p), other.momentum(q))
+
+
+def test_sam_under_one_autocast() -> None:
+    """Autocast keeps copies of weights in low precision; they are forgotten when the weights move."""
+    gradients = []
+    for nested in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
+        x = torch.randn(4, 8)
+        sam = SAM(model.parameters(), rho=2.0)
+        with torch.autocast("cpu", torch.bfloat16) if nested else nullcontext():
+            with sam.ascent(), nullcontext() if nested else torch.autocast("cpu", torch.bfloat16):
+                model(x).square().mean().backward()
+            with sam.descent(), nullcontext() if nested else torch.autocast("cpu", torch.bfloat16):
+                model(x).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

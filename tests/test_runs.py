@@ -19,7 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from conftest import Command, make_folder, run_command
+from image_sets import samples
 from normfree.data.sources import open_data
+from test_tables import forms
 
 # a run of seconds: 20 images, 16 for training, 4 steps an epoch
 TINY = ["--train.batch-size", "4", "--train.log-every", "1", "--train.device", "cpu"]
@@ -127,7 +129,7 @@ def _same(a: Path, b: Path) -> None:
     assert all(
         torch.equal(t, load_file(b / "best.safetensors")[n]) for n, t in load_file(a / "best.safetensors").items()
     )
-    clock = ("images_per_second", "seconds")
+    clock = ("images_per_second", "seconds", "wait_share")
     lines = [
         [{k: v for k, v in json.loads(line).items() if k not in clock} for line in text.splitlines()]
         for text in ((run / "metrics.jsonl").read_text() for run in (a, b))
@@ -440,7 +442,7 @@ def test_choices_are_printed_with_reasons_and_can_be_overridden(command: Command
     """Each with its name, its value and why; a given one says so."""
     done = command("train", "--data.root", image_folder, "--train.epochs", "1", "--optim.clipping", "0.05")
     assert done.returncode == 0, done.stderr
-    assert "train.epochs       1              as given" in done.stdout
+    assert "train.epochs           1              as given" in done.stdout
     for name in ("data.size", "model.name", "train.batch_size", "optim.lr", "data.flip", "train.device"):
         line = next(line for line in done.stdout.splitlines() if line.startswith(name))
         assert len(line.split()) > 2
@@ -496,3 +498,19 @@ def test_two_epochs_of_digits(tmp_path: Path) -> None:
     rows = json.loads(run_command("predict", "run", "val", "--json", cwd=tmp_path).stdout)
     assert len(rows) == 1000
     assert sum(row["label"] == Path(row["path"]).parent.name for row in rows) / 1000 == summary["top1"]
+
+
+def test_every_form_of_a_set_trains_to_the_same_bits(tmp_path: Path) -> None:
+    """A folder, tar shards, parquet and a saved data set, with mixing and RandAugment, in loader processes or not."""
+    found = {}
+    for form, root in forms(tmp_path, samples()).items():
+        more = ["--data.mixup", "0.2", "--data.cutmix", "true", "--data.randaugment", "2", "--train.epochs", "2"]
+        more += ["--data.workers", "0" if form == "folder" else "1"]
+        done = run_command("train", "--data.root", root, "--run-dir", f"of-{form}", *TINY, *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        newest = sorted((tmp_path / f"of-{form}" / "checkpoints").glob("step-*"))[-1]
+        found[form] = load_file(newest / "state.safetensors")
+    reference = found.pop("folder")
+    for form, tensors in found.items():
+        assert tensors.keys() == reference.keys()
+        assert all(torch.equal(tensors[n], reference[n]) for n in reference), form

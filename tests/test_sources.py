@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
+import tracemalloc
 from collections import Counter
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -24,15 +27,22 @@ from normfree.data.sources import (
     FolderSource,
     Names,
     Source,
+    SyntheticSource,
+    cache,
+    describe,
     digits,
     fingerprint,
+    listing,
     open_data,
     open_folder,
+    open_held_out,
     open_validation,
+    several_labels,
     split,
     training_folder,
     with_classes,
 )
+from normfree.data.sources.labels import open_labelled
 
 CALM = settings(deadline=None, max_examples=60)  # a busy machine is no failure
 FILE_NAMES = st.binary(min_size=1, max_size=12).filter(lambda b: not set(b) & {0, ord("/")}).map(os.fsdecode)
@@ -387,6 +397,25 @@ def test_an_index_out_of_range_is_an_error() -> None:
     assert last == "d"
 
 
+@CALM
+@given(st.lists(FILE_NAMES, min_size=1, max_size=20), st.data())
+def test_names_are_taken_by_index(listed: list[str], data: st.DataObject) -> None:
+    """Any of them, in any order and more than once; also across the chunks in which that is done."""
+    chosen = data.draw(st.lists(st.integers(0, len(listed) - 1), max_size=30))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("normfree.data.sources.names._CHUNK", data.draw(st.integers(1, 40)))
+        kept = Names(listed)
+        assert list(kept) == listed
+        assert list(kept.take(np.array(chosen, np.int64))) == [listed[i] for i in chosen]
+
+
+def test_names_that_do_not_fit_their_buffer_are_refused() -> None:
+    """As a broken cache would have them."""
+    for ends in ([1, 2], [3, 2, 4], [-1, 4], []):
+        with pytest.raises(ValueError, match="do not fit"):
+            Names.of(b"abcd", np.array(ends, np.int64))
+
+
 # subsets
 
 
@@ -559,3 +588,392 @@ def test_digits_are_split_evenly() -> None:
     assert (len(train), len(val)) == (4000, 1000)
     assert np.bincount(val.labels).tolist() == [100] * 10
     assert not set(names(train)) & set(names(val))
+
+
+# descriptions
+
+
+def test_descriptions(tmp_path: Path) -> None:
+    """One line: how many, of what, where, and what is left out."""
+    put(tmp_path, "a/0.jpg", "a/x.txt", "b/0.jpg", "b/1.jpg")
+    assert describe(open_folder(tmp_path)) == f"3 images in 2 classes: class folders in {tmp_path}; 1 file left out"
+    assert describe(SyntheticSource(1_281_167, 1000)) == "1,281,167 images in 1,000 classes: noise"
+    assert describe(array_source({"a": 1})) == "1 image in 1 class: in memory"
+
+
+@pytest.mark.parametrize("source", [SyntheticSource(5, 2, 8), array_source({"a": 3, "b": 2})])
+def test_content_of_images_in_memory(source: Source) -> None:
+    """Is their pixels, the same each time."""
+    for i in range(5):
+        content = source.content(i)
+        assert isinstance(content, np.ndarray)
+        assert content.dtype == np.uint8
+        assert np.array_equal(content, source.read(i))
+
+
+# tables of labels
+
+ROWS = [("x/0.jpg", "cat"), ("x/1.jpg", "dog"), ("2.jpg", "cat"), ("3.jpg", "eel")]
+
+
+def write_table(path: Path, rows: list[tuple[str, object]], columns: tuple[str, str] = ("file", "label")) -> Path:
+    """A table of two columns, and a third that says nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".jsonl":
+        lines = [json.dumps({columns[0]: file, "more": 1, columns[1]: label}) for file, label in rows]
+    else:
+        comma = "\t" if path.suffix == ".tsv" else ","
+        lines = [comma.join([columns[0], "more", columns[1]]), *(f"{f}{comma}1{comma}{label}" for f, label in rows)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def labelled(root: Path, rows: list[tuple[str, object]], columns: tuple[str, str] = ("file", "label")) -> Source:
+    """The source of four images and a table."""
+    put(root, *(file for file, _ in ROWS))
+    write_table(root / "labels.jsonl", rows, columns)
+    return open_validation(str(root), ())
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl"])
+@pytest.mark.parametrize("columns", [("file", "label"), ("filename", "class"), ("Path", "Label"), ("image", "label")])
+@pytest.mark.parametrize("place", ["", "images/", "labels/"])
+def test_a_table_of_labels(tmp_path: Path, ending: str, columns: tuple[str, str], place: str) -> None:
+    """Columns are found by name, images beside the table or in a folder; order is the rows', classes are sorted."""
+    put(tmp_path, *(place + file for file, _ in ROWS), f"{place}x/readme.md")
+    write_table(tmp_path / f"labels.{ending}", list(ROWS), columns)
+    source = open_validation(str(tmp_path), ())
+    assert names(source) == [file for file, _ in ROWS]
+    assert [source.classes[label] for label in source.labels] == [label for _, label in ROWS]
+    assert source.classes == ("cat", "dog", "eel")
+    assert source.ignored == []
+    root = tmp_path / place if place else tmp_path
+    assert describe(source) == f"4 images in 3 classes: labels of labels.{ending}, images in {root}"
+    assert source.content(3) == b"-"
+
+
+def test_tables_for_both_halves(tmp_path: Path) -> None:
+    """train.csv and val.csv beside train/ and val/, or for one folder of images."""
+    put(tmp_path, *(f"train/{file}" for file, _ in ROWS), "val/v.jpg")
+    write_table(tmp_path / "train.csv", list(ROWS))
+    write_table(tmp_path / "val.csv", [("v.jpg", "dog")])
+    train, val = open_data(str(tmp_path), 0.5)
+    assert (len(train), val.classes, val.labels.tolist()) == (4, train.classes, [1])
+    (tmp_path / "val.csv").unlink()
+    put(tmp_path, "val/dog/v.jpg", "val/eel/w.jpg")
+    (tmp_path / "val" / "v.jpg").unlink()
+    assert open_data(str(tmp_path), 0.5)[1].labels.tolist() == [1, 2]
+
+
+def test_a_table_without_validation_is_split(tmp_path: Path) -> None:
+    """And what was held out is found again by its names."""
+    rows: list[tuple[str, object]] = [(f"{i}.jpg", "ab"[i % 2]) for i in range(10)]
+    put(tmp_path, *(file for file, _ in rows))
+    write_table(tmp_path / "labels.csv", rows)
+    train, val = open_data(str(tmp_path), 0.4)
+    assert (len(train), len(val), val.held_out, train.held_out) == (6, 4, True, False)
+    again = open_held_out(str(tmp_path), names(val), val.classes)
+    assert fingerprint(again) == fingerprint(val)
+    assert again.held_out
+
+
+def test_held_out_files_of_a_folder(tmp_path: Path) -> None:
+    """Need no list of the folder: the class is in the name."""
+    classes_of(tmp_path / "train", "a", "b", n=4)
+    val = open_data(str(tmp_path), 0.5)[1]
+    assert isinstance(val, FolderSource)
+    again = open_held_out(str(tmp_path), list(val.names), val.classes)
+    assert fingerprint(again) == fingerprint(val)
+
+
+def test_several_labels(tmp_path: Path) -> None:
+    """A column "labels" has any number, separated by | or ; or in a list; then labels are rows of bool."""
+    put(tmp_path, *(file for file, _ in ROWS))
+    write_table(
+        tmp_path / "labels.csv", [("2.jpg", "cat|big dog"), ("3.jpg", ""), ("x/0.jpg", "cat; eel")], ("file", "labels")
+    )
+    source = open_validation(str(tmp_path), ())
+    assert source.classes == ("big dog", "cat", "eel")
+    assert source.labels.tolist() == [[True, True, False], [False, False, False], [False, True, True]]
+    assert source.labels.dtype == np.bool_
+    assert several_labels(source)
+    assert source.ignored == ["x/1.jpg"]
+    assert describe(source).startswith("3 images in 3 classes (several labels each): ")
+    more = with_classes(source, ("eel", "x", "cat", "big dog"))
+    assert more.labels.tolist()[2] == [True, False, True, False]
+    train, val = split(source, 0.34)
+    assert (len(train), len(val), train.labels.shape) == (2, 1, (2, 3))
+    write_table(tmp_path / "labels.csv", [("2.jpg", "one|class")])
+    assert open_validation(str(tmp_path), ()).classes == ("one|class",)
+
+
+def test_lists_of_labels(tmp_path: Path) -> None:
+    """In JSON; numbers are names too."""
+    source = labelled(
+        tmp_path, [("2.jpg", ["b", "a"]), ("3.jpg", []), ("x/0.jpg", "a|b"), ("x/1.jpg", [7])], ("file", "labels")
+    )
+    assert source.classes == ("7", "a", "b")
+    assert source.labels.astype(int).tolist() == [[0, 1, 1], [0, 0, 0], [0, 1, 1], [1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "reason"),
+    [
+        ([("2.jgp", "a"), ("3.jpg", "b")], ("file", "label"), "'2.jgp' is not in {root}; did you mean '2.jpg'?"),
+        ([("gone.jpg", "a"), ("none.jpg", "b")], ("file", "label"), "'gone.jpg' and 1 more is not in {root}"),
+        ([("2.jpg", "a"), ("2.jpg", "b")], ("file", "label"), "'2.jpg' has two rows; several labels belong in one"),
+        ([("2.jpg", "a"), ("./2.jpg", "b")], ("file", "label"), "'2.jpg' has two rows"),
+        ([("2.jpg", "")], ("file", "label"), "'2.jpg' has no label"),
+        ([("2.jpg", None)], ("file", "label"), "'2.jpg' has no label"),
+        ([("../2.jpg", "a")], ("file", "label"), "'../2.jpg' leaves the folder"),
+        ([("x/../../2.jpg", "a")], ("file", "label"), "'../2.jpg' leaves the folder"),
+        ([("/etc/passwd", "a")], ("file", "label"), "'/etc/passwd' leaves the folder"),
+        ([("2.jpg", ["a", "b"])], ("file", "label"), "row 1: 'label' has several labels; call the column 'labels'"),
+        ([("2.jpg", 1.5)], ("file", "label"), "row 1: 'label' must be text or a whole number, not '1.5'"),
+        ([("2.jpg", True)], ("file", "label"), "must be text or a whole number"),
+        ([("2.jpg", "a"), ("", "b")], ("file", "label"), "row 2: 'file' is missing or no text"),
+    ],
+)
+def test_wrong_rows(tmp_path: Path, rows: list[tuple[str, object]], columns: tuple[str, str], reason: str) -> None:
+    """Are named, with the nearest file; none leads out of the folder."""
+    with pytest.raises(UserError) as refused:
+        labelled(tmp_path, rows, columns)
+    assert reason.format(root=tmp_path) in str(refused.value)
+    assert str(tmp_path / "labels.jsonl") in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("file,label\n2.jpg\n", "line 2: 1 columns where the header has 2"),
+        ('file,label\n"2.jpg,a\n', "line 2: unexpected end of data"),
+        ("file,label\n2.jpg,\xff\n", "is not UTF-8: invalid start byte at byte 17"),
+        ("file,label\n", "has no rows"),
+        ("file,lable\n2.jpg,a\n", "has no column of labels"),
+    ],
+)
+def test_broken_tables(tmp_path: Path, text: str, reason: str) -> None:
+    """Are one line, where there are no class folders to go by."""
+    put(tmp_path, "2.jpg")
+    (tmp_path / "labels.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError) as refused:
+        open_data(str(tmp_path), 0.2)
+    assert reason in str(refused.value)
+
+
+def test_columns_are_suggested(tmp_path: Path) -> None:
+    """The nearest one, among those that there are."""
+    table = write_table(tmp_path / "labels.csv", [("2.jpg", "a")], ("file", "lable"))
+    with pytest.raises(
+        UserError, match=r"no column of labels \(label, class, .*\); it has 'file', 'more', 'lable'; is it"
+    ):
+        open_labelled(table)
+
+
+def test_a_table_of_something_else_is_no_matter(tmp_path: Path) -> None:
+    """Class folders beside a train.csv of other columns are class folders."""
+    classes_of(tmp_path / "train", "a", "b", n=4)
+    write_table(tmp_path / "train.csv", [("1", "2")], ("epoch", "loss"))
+    assert open_data(str(tmp_path), 0.5)[0].classes == ("a", "b")
+
+
+# ImageNet's validation images
+
+SYNSETS = ("n00000001", "n00000002", "n00000003")
+TRUTH = [2, 0, 1, 2, 2, 1]  # the class of images 1 to 6
+ID_OF = (30, 10, 20)  # the numbers that the development kit has for the synsets, in no order
+
+
+def imagenet(root: Path, *, beside: bool = True) -> Path:
+    """Six of the images, flat."""
+    return put(root / "val" if beside else root, *(f"ILSVRC2012_val_{i:08d}.JPEG" for i in range(1, 7)))
+
+
+def published(kind: str) -> dict[str, str]:
+    """The files of labels, for all 50,000."""
+    truth = [*TRUTH, *([0] * (50_000 - len(TRUTH)))]
+    rows = [f"ILSVRC2012_val_{i:08d},{SYNSETS[c]} 1 2 3 4 {SYNSETS[c]} 5 6 7 8" for i, c in enumerate(truth, 1)]
+    return {
+        "LOC_val_solution.csv": {"LOC_val_solution.csv": "\n".join(["ImageId,PredictionString", *reversed(rows)])},
+        "imagenet_2012_validation_synset_labels.txt": {
+            "imagenet_2012_validation_synset_labels.txt": "\n".join(SYNSETS[c] for c in truth) + "\n"
+        },
+        "ILSVRC2012_validation_ground_truth.txt": {
+            "ILSVRC2012_validation_ground_truth.txt": "\n".join(str(ID_OF[c]) for c in truth) + "\n",
+            "map_clsloc.txt": "\n".join(f"{s} {n} kit_fox" for s, n in zip(SYNSETS, ID_OF, strict=True)),
+        },
+    }[kind]
+
+
+KINDS = [
+    "LOC_val_solution.csv",
+    "imagenet_2012_validation_synset_labels.txt",
+    "ILSVRC2012_validation_ground_truth.txt",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("place", ["val", "", "data"])
+def test_imagenets_validation_images(tmp_path: Path, kind: str, place: str) -> None:
+    """Labels from each of the files that are about, in the folder, beside it or in data/; it says which."""
+    imagenet(tmp_path)
+    classes_of(tmp_path / "train", *SYNSETS)
+    for name, text in published(kind).items():
+        (tmp_path / place).mkdir(exist_ok=True)
+        (tmp_path / place / name).write_text(text)
+    train, val = open_data(str(tmp_path), 0.5)
+    assert train.classes == val.classes == SYNSETS
+    assert val.labels.tolist() == TRUTH
+    assert names(val) == [f"val/ILSVRC2012_val_{i:08d}.JPEG" for i in range(1, 7)]
+    assert f"labels of {kind}, images in {tmp_path / 'val'}" in describe(val)
+    assert open_validation(str(tmp_path / "val"), SYNSETS[::-1]).labels.tolist() == [2 - label for label in TRUTH]
+
+
+def test_ids_follow_no_order_of_the_synsets(tmp_path: Path) -> None:
+    """Ids without a table are refused, even beside Kaggle's list of sorted synsets, which would give wrong labels."""
+    imagenet(tmp_path)
+    truth = published("ILSVRC2012_validation_ground_truth.txt")["ILSVRC2012_validation_ground_truth.txt"]
+    (tmp_path / "ILSVRC2012_validation_ground_truth.txt").write_text(truth)
+    (tmp_path / "LOC_synset_mapping.txt").write_text("\n".join(SYNSETS))
+    with pytest.raises(UserError, match=rf"say nothing without a table; put map_clsloc.txt .* into {tmp_path}"):
+        open_validation(str(tmp_path / "val"), ())
+
+
+def test_imagenets_images_without_labels(tmp_path: Path) -> None:
+    """Are told what is needed, and where."""
+    with pytest.raises(UserError, match=r"put LOC_val_solution.csv or imagenet_2012_validation_synset_labels.txt into"):
+        open_validation(str(imagenet(tmp_path)), ())
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "reason"),
+    [
+        (
+            KINDS[0],
+            lambda text: text.replace("_00000003,", "_00000009,"),
+            "has no label of ILSVRC2012_val_00000003.JPEG",
+        ),
+        (KINDS[1], lambda text: text[:-10], "has 49,999 lines where 50,000 belong"),
+        (KINDS[1], lambda text: text.replace("n", "x", 1), "line 1: 'x00000003' is no label"),
+        (KINDS[2], lambda text: text.replace("20", "21", 1), "has no synset of id 21"),
+    ],
+)
+def test_broken_labels_of_imagenet(tmp_path: Path, kind: str, change: Callable[[str], str], reason: str) -> None:
+    """Are named; no image gets another's label."""
+    imagenet(tmp_path)
+    for name, text in published(kind).items():
+        (tmp_path / name).write_text(change(text) if name == kind else text)
+    with pytest.raises(UserError) as refused:
+        open_validation(str(tmp_path / "val"), ())
+    assert reason in str(refused.value)
+
+
+# long lists
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for lists, in which even short and new ones are kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("NORMFREE_CACHE", raising=False)
+    monkeypatch.setattr(listing, "CACHED_FROM", 0)
+    monkeypatch.setattr(cache, "_SETTLED", -(10**12))
+    return tmp_path / "cache" / "normfree" / "lists"
+
+
+def no_scan(_folder: str) -> tuple[list[str], list[str]]:
+    raise AssertionError("it was read again")
+
+
+def test_a_list_is_kept(tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second start reads no folder but the root, and finds the same."""
+    root = put(classes_of(tmp_path / "set", "a", "b"), "a/deep/er/2.jpg", "b/x.txt", *(f"b/{n}" for n in WEIRD))
+    first = open_folder(root)
+    assert len(list(kept.iterdir())) == 1
+    original = listing._entries
+    monkeypatch.setattr(
+        listing, "_entries", lambda folder: original(folder) if folder == str(root) else no_scan(folder)
+    )
+    second = open_folder(root)
+    assert (fingerprint(second), names(second), second.ignored) == (fingerprint(first), names(first), first.ignored)
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "a new file": lambda root: put(root, "a/new.jpg"),
+    "a new file far down": lambda root: put(root, "a/deep/er/new.jpg"),
+    "a new folder": lambda root: put(root, "a/other/new.jpg"),
+    "a new class": lambda root: put(root, "c/new.jpg"),
+    "a removed file": lambda root: (root / "a" / "0.jpg").unlink(),
+    "a renamed file": lambda root: (root / "a" / "0.jpg").rename(root / "a" / "9.jpg"),
+    "a moved file": lambda root: (root / "a" / "0.jpg").rename(root / "b" / "9.jpg"),
+    "a replaced folder": lambda root: (
+        put(root.parent / "x", "2.jpg", "3.jpg"),
+        (root / "a" / "deep" / "er").rename(root.parent / "y"),
+        (root.parent / "x").rename(root / "a" / "deep" / "er"),
+    ),
+    "another root under the name": lambda root: (
+        root.rename(root.parent / "old"),
+        classes_of(root, "a", "b", n=3),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_no_list_is_ever_stale(tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    """Whatever comes, goes or is renamed is noticed, even where the times of folders are put back."""
+    root = put(classes_of(tmp_path / "set", "a", "b"), "a/deep/er/2.jpg")
+    before = open_folder(root)
+    folders = [root, *(p for p in root.rglob("*") if p.is_dir())]
+    times = {folder: folder.stat().st_mtime_ns for folder in folders}
+    CHANGES[change](root)
+    for folder in filter(Path.exists, times):
+        os.utime(folder, ns=(times[folder], times[folder]))
+    after = open_folder(root)
+    monkeypatch.setattr(listing, "CACHED_FROM", 1 << 60)
+    (file, *_) = kept.iterdir()
+    file.unlink()
+    fresh = open_folder(root)
+    assert names(after) == names(fresh)
+    assert names(after) != names(before)
+
+
+def test_folders_that_just_changed_are_not_kept(tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock may be so coarse that a change in the same moment would not show."""
+    monkeypatch.setattr(cache, "_SETTLED", 60 * 10**9)
+    open_folder(classes_of(tmp_path / "set", "a", "b"))
+    assert not kept.exists()
+
+
+def test_short_lists_are_not_kept(tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are made in a moment, and leave nothing behind."""
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    open_folder(classes_of(tmp_path / "set", "a", "b"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_broken_lists_are_made_anew(tmp_path: Path, kept: Path) -> None:
+    """Of any damage."""
+    root = classes_of(tmp_path / "set", "a", "b")
+    first = fingerprint(open_folder(root))
+    (file,) = kept.iterdir()
+    content = file.read_bytes()
+    for damaged in (b"", b"-" * 100, content[:-1], content[:40], content[:16] + content[17:], content + b"-"):
+        file.write_bytes(damaged)
+        assert fingerprint(open_folder(root)) == first
+
+
+def test_twenty_thousand_files(tmp_path: Path) -> None:
+    """Are listed, split and hashed without an object of Python's for each."""
+    for c in range(20):
+        (tmp_path / f"c{c:02d}").mkdir()
+        for i in range(1000):
+            os.close(os.open(tmp_path / f"c{c:02d}" / f"{i:04d}.jpg", os.O_CREAT))
+    tracemalloc.start()
+    train, val = open_data(str(tmp_path), 0.01)
+    kept_bytes = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert (len(train), len(val)) == (19_800, 200)
+    assert np.bincount(val.labels).tolist() == [10] * 20
+    assert kept_bytes < 60 * 20_000  # bytes: names of 12, where they end, labels; strings would be twice that alone
+    assert set(names(train)).isdisjoint(names(val))

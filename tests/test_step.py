@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,14 +25,18 @@ from normfree.data.loader import Batch
 from normfree.data.sources import SyntheticSource
 from normfree.models import MODELS, Network
 from normfree.models.exchange import from_haiku, haiku_name
+from normfree.models.weights import load_model, save_weights
 from normfree.nn.layers import Draws
-from normfree.nn.loss import balanced_weights, hits, sample_losses
+from normfree.nn.loss import LOSSES, balanced_weights, hits, probabilities, sample_losses
 from normfree.optim import AGCSGD, EMA, LARS, WarmupCosine, agc, param_groups
 from normfree.recipes import RECIPES
+from normfree.recipes.dry_run import plan
+from normfree.runlog import Screen
 from normfree.train import step as step_module
 from normfree.train.build import build_learner, unclipped_names
-from normfree.train.length import Length
-from normfree.train.loop import check_run
+from normfree.train.length import Length, run_length
+from normfree.train.loop import check_run, prepare
+from normfree.train.record import RunFolder
 from normfree.train.step import Learner, Outcome
 
 CLASSES, SIDE = 5, 16
@@ -109,11 +117,6 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(float((a[n].double() - b[n].double()).norm() / b[n].double().norm().clamp_min(tiny)) for n in a)
 
 
-def plain_losses(logits: Tensor, targets: Tensor, _kind: str, smoothing: float, *_: Any) -> Tensor:
-    """Softmax cross-entropy in the type of the logits."""
-    return F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
-
-
 def in_float64(learner: Learner) -> Learner:
     """Its weights and average as float64; the fixture `float64` does the rest."""
     learner.model.double()
@@ -123,9 +126,8 @@ def in_float64(learner: Learner) -> Learner:
 
 @pytest.fixture
 def float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fp32 means float64, in the loss too, so that references can be tight."""
+    """fp32 means float64, so that references can be tight."""
     monkeypatch.setitem(step_module.PRECISIONS, "fp32", torch.float64)
-    monkeypatch.setattr(step_module, "sample_losses", plain_losses)
 
 
 # The authors' run
@@ -425,7 +427,7 @@ def _slots_loss(learner: Learner, model: Network, batch: Batch, slots: list[int]
     draws = learner._draws(taken, len(batch.labels))
     chosen = Draws(*(None if d is None else d[slots] for d in draws))
     logits = model(learner.preprocessing.normalize(batch.images[slots], torch.float64), chosen)
-    return plain_losses(logits, batch.labels[slots], o.loss, o.label_smoothing).sum()
+    return F.cross_entropy(logits, batch.labels[slots], reduction="sum", label_smoothing=o.label_smoothing)
 
 
 def plain_sam_gradient(learner: Learner, batch: Batch, taken: int) -> list[Tensor]:
@@ -519,9 +521,20 @@ def with_scale(learner: Learner, scale: float) -> torch.amp.GradScaler:
     return learner.scaler
 
 
-@pytest.mark.parametrize("change", [{}, {"sam_rho": 0.3}, {"kind": "norm"}, {"kind": "adamw"}, {"kind": "lars"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"sam_rho": 0.3},
+        {"kind": "norm"},
+        {"kind": "adamw"},
+        {"kind": "lars"},
+        {"name": "bn_nfnet_f0"},
+        {"name": "bn_nfnet_f0", "sam_rho": 0.3, "micro_batch": 4},
+    ],
+)
 def test_an_overflow_in_float16_is_skipped(change: dict[str, Any]) -> None:
-    """Weights, momentum and average stay as they are to the bit, the scale halves, nothing is counted as clipped."""
+    """Weights, batch norm's averages, momentum and average stay to the bit, the scale halves, no unit is counted."""
     learner = a_learner(precision="fp16", **change)
     with_scale(learner, 16.0)
     applied = advance(learner, 2)
@@ -658,9 +671,10 @@ def test_maps_computed_again_with_batch_norm_give_the_same_weights(remat: str) -
 def test_batch_norm_is_not_computed_again() -> None:
     """Its running statistics would move twice a step: refused before the run begins."""
     given = Given({"train.remat": "block", "model.name": "bn_nfnet_f0"})
-    run = RECIPES["digits"](given, SyntheticSource(1000, 10))
+    images = SyntheticSource(1000, 10)
+    run = RECIPES["digits"](given, images)
     with pytest.raises(UserError, match="running statistics"):
-        check_run(run, 1000)
+        check_run(run, images)
 
 
 def _stepped(**changes: Any) -> Learner:
@@ -923,6 +937,39 @@ def test_the_loss_is_the_formula(kind: str, of: str, smoothing: float, weighted:
     torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("of", ["hard", "soft", "several"])
+@pytest.mark.parametrize("kind", LOSSES)
+def test_float64_stays_float64(kind: str, of: str, weighted: bool) -> None:
+    """The formula to 1e-13, and the type of its gradient."""
+    generator = torch.Generator().manual_seed(1)
+    logits = (3 * torch.randn(6, 5, generator=generator, dtype=torch.float64)).requires_grad_()
+    targets = targets_of(of, 6, 5, generator)
+    targets = targets.double() if of == "soft" else targets
+    weights = torch.rand(5, generator=generator).double() if weighted else None
+    ours = sample_losses(logits, targets, kind, 0.1, weights)
+    assert ours.dtype == torch.float64
+    torch.testing.assert_close(ours, plain_loss(logits, targets, kind, 0.1, weights), rtol=1e-13, atol=1e-13)
+    assert torch.autograd.grad(ours.sum(), logits)[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_probabilities_are_those_that_the_loss_takes_logits_for(dtype: torch.dtype) -> None:
+    """-log of the true class is the loss; in float64, of one image and of many; the sigmoid's do not sum to 1."""
+    logits = (3 * torch.randn(6, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)).to(dtype)
+    x, truth = logits.double(), torch.arange(6) % 5
+    softmax, sigmoid = probabilities(logits), probabilities(logits, "sigmoid")
+    assert softmax.dtype == sigmoid.dtype == torch.float64
+    torch.testing.assert_close(softmax, x.exp() / x.exp().sum(1, keepdim=True), rtol=1e-13, atol=0)
+    torch.testing.assert_close(sigmoid, 1 / (1 + (-x).exp()), rtol=1e-13, atol=0)
+    torch.testing.assert_close(-softmax[range(6), truth].log(), sample_losses(x, truth), rtol=1e-12, atol=0)
+    one = F.one_hot(truth, 5).double()
+    binary = -(one * sigmoid.log() + (1 - one) * (1 - sigmoid).log()).sum(1)
+    torch.testing.assert_close(binary, sample_losses(x, truth, "sigmoid"), rtol=1e-10, atol=0)
+    for kind, many in zip(LOSSES, (softmax, sigmoid), strict=True):
+        torch.testing.assert_close(probabilities(logits[2], kind), many[2], rtol=1e-15, atol=0)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("of", ["hard", "soft"])
@@ -1001,33 +1048,38 @@ def test_the_step_uses_the_settings_of_the_loss(loss: str) -> None:
 # Other optimizers, and going on
 
 
-def test_lars_is_the_formula() -> None:
-    """Four steps in float64: ratios of lengths for decayed tensors, plain momentum for others; zeros are no trap."""
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+def test_lars_is_the_formula(decay: float, momentum: float) -> None:
+    """Four steps in float64: ratios of lengths for tensors, plain momentum for vectors, with decay and without.
+
+    A vector is what is one once its ones are squeezed out. Weights and gradients of zeros are no trap.
+    """
     torch.manual_seed(0)
-    starts = [torch.randn(4, 3, dtype=torch.float64), torch.randn(5, dtype=torch.float64), torch.zeros(2, 2).double()]
-    ours = [nn.Parameter(w.clone()) for w in starts]
-    groups: Any = [{"params": [ours[0], ours[2]], "weight_decay": 0.01}, {"params": [ours[1]], "weight_decay": 0.0}]
-    optimizer = LARS(groups, lr=0.5, momentum=0.8, trust=0.02)
-    plain, velocities = [w.clone() for w in starts], [torch.zeros_like(w) for w in starts]
+    shapes = {(4, 3): True, (2, 3, 1, 1): True, (2, 3, 3, 3): True, (2, 2): True}
+    shapes |= dict.fromkeys(((5,), (1, 7), (6, 1, 1), (1,)), False)  # whether the ratio of lengths is kept
+    starts = {shape: torch.randn(shape, dtype=torch.float64) for shape in shapes}
+    starts[2, 2].zero_()
+    ours = {shape: nn.Parameter(w.clone()) for shape, w in starts.items()}
+    optimizer = LARS(ours.values(), lr=0.5, momentum=momentum, weight_decay=decay, trust=0.02)
+    plain = {shape: w.clone() for shape, w in starts.items()}
+    velocities = {shape: torch.zeros_like(w) for shape, w in starts.items()}
     for step in range(4):
-        gradients = [torch.randn_like(w) for w in starts]
-        lr = 0.5 / (1 + step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        for i, (p, raw) in enumerate(zip(ours, gradients, strict=True)):
-            p.grad = raw.clone()
-            decay = 0.0 if i == 1 else 0.01
-            g = raw + decay * plain[i]
-            if decay and float(plain[i].norm()) > 0:
-                g = g * 0.02 * plain[i].norm() / g.norm()
-            velocities[i] = 0.8 * velocities[i] + lr * g
-            plain[i] = plain[i] - velocities[i]
+        lr = optimizer.param_groups[0]["lr"] = 0.5 / (1 + step)
+        for shape, adapted in shapes.items():
+            raw = torch.randn(shape, dtype=torch.float64) * (step != 2)
+            ours[shape].grad = raw.clone()
+            g = raw + decay * plain[shape]
+            if adapted and float(plain[shape].norm()) > 0 and float(g.norm()) > 0:
+                g = g * 0.02 * plain[shape].norm() / g.norm()
+            velocities[shape] = momentum * velocities[shape] + lr * g
+            plain[shape] = plain[shape] - velocities[shape]
         optimizer.step()
-        for p, w in zip(ours, plain, strict=True):
-            torch.testing.assert_close(p.detach(), w, rtol=1e-12, atol=1e-14)
-    assert ours[2].isfinite().all()
+        for shape, w in plain.items():
+            torch.testing.assert_close(ours[shape].detach(), w, rtol=1e-12, atol=1e-14)
+    assert all(p.isfinite().all() for p in ours.values())
     with pytest.raises(ValueError, match="out of range"):
-        LARS(ours, lr=0.1, trust=0.0)
+        LARS(ours.values(), lr=0.1, trust=0.0)
 
 
 @pytest.mark.parametrize("kind", ["agc", "sgd", "norm", "lars", "adamw"])
@@ -1175,6 +1227,35 @@ def test_unclipped_parts_reach_the_optimizer() -> None:
     torch.testing.assert_close(learner.optimizer.state[bias]["momentum_buffer"], bias.grad)
 
 
+@pytest.mark.parametrize("unclipped", [(), ("stage1",), ("head",), ("fc.*",), ("fc.bias", "stem.*")])
+@pytest.mark.parametrize("kind", ["agc", "adamw"])
+@pytest.mark.parametrize("clip_classifier", [False, True])
+def test_the_classifiers_weight_is_clipped_only_if_told(
+    kind: str, clip_classifier: bool, unclipped: tuple[str, ...]
+) -> None:
+    """With the lambda of the others; a part that goes unclipped, the classifier's own included, still does."""
+    learner = a_learner(
+        masks=False, kind=kind, clipping=1e-4, weight_decay=0.0, unclipped=unclipped, clip_classifier=clip_classifier
+    )
+    before = {n: p.detach().clone() for n, p in learner.model.named_parameters()}
+    learner.step(a_batch(), 0, 0)
+    spared = {n for n in before if _part(n) in unclipped or n in unclipped}
+    spared |= {n for n in before if any(n.startswith(u[:-1]) for u in unclipped if u.endswith("*"))}
+    if not clip_classifier:
+        spared.add("fc.weight")
+    assert set(learner.clipped_shares()) == set(before) - spared
+    gradients = {n: p.grad for n, p in learner.model.named_parameters()}
+    if kind == "agc":  # which leaves gradients as they were
+        gradients = {n: learner.optimizer.state[p]["momentum_buffer"] for n, p in learner.model.named_parameters()}
+    weight, gradient = before["fc.weight"], gradients["fc.weight"]
+    assert gradient is not None
+    ratios = gradient.norm(dim=1) / weight.norm(dim=1).clamp_min(1e-3)
+    if "fc.weight" in spared:
+        assert (ratios > 1e-2).all()
+    else:
+        torch.testing.assert_close(ratios, torch.full_like(ratios, 1e-4))
+
+
 @pytest.mark.parametrize("part", ["stage2", "stage", "stage-1", "stem2", "heads", "Stem", "tail", "blocks.9.*", ""])
 def test_a_part_that_is_not_there_is_an_error(part: str) -> None:
     """Whatever it is; those that look like parts are answered with the list of parts."""
@@ -1261,14 +1342,215 @@ def test_clipped_units_are_counted_for_adamw_too() -> None:
     assert 0 < outcome.sums[2] <= outcome.sums[3]
 
 
-def test_the_classifier_moves_alone_at_first() -> None:
-    """For so many epochs: the body keeps its bits and gets no momentum; then all of it moves."""
-    learner = a_learner(head_only=3.0)
-    before = {n: p.detach().clone() for n, p in learner.model.named_parameters()}
+@pytest.mark.parametrize("change", [{}, {"kind": "adamw"}, {"sam_rho": 0.3, "micro_batch": 3}, {"head_only": 1.5}])
+def test_counts_of_clipped_units_go_on_from_what_was_saved(change: dict[str, Any]) -> None:
+    """Through JSON, as a checkpoint has them, and on in steps that look at other tensors; nothing is counted twice."""
+    straight, broken = a_learner(**change), a_learner(**change)
+    for x in (straight, broken):
+        advance(x, 2)
+    saved = broken.clipped_units()
+    assert sum(clipped for clipped, _ in saved.values()) > 0
+    for _ in range(2):  # in place of what was counted, not beside it
+        broken.load_clipped_units(json.loads(json.dumps(saved)))
+        assert broken.clipped_units() == saved
+    for x in (straight, broken):
+        advance(x, 2, taken=2, applied=2)
+    units = straight.clipped_units()
+    assert broken.clipped_units() == units
+    rows = {n: (p.shape[0] if p.ndim > 1 else 1) for n, p in straight.model.named_parameters() if n != "fc.weight"}
+    alone = 2 if "head_only" in change else 0  # steps in which the classifier's bias alone is looked at
+    assert {n: looked_at for n, (_, looked_at) in units.items()} == {
+        n: rows[n] * (4 if n == "fc.bias" else 4 - alone) for n in rows
+    }
+    assert straight.clipped_units() == units  # asking does not count anew
+    assert broken.clipped_shares() == {n: clipped / looked_at for n, (clipped, looked_at) in units.items()}
+    assert broken.clipped_units() == {}
+    straight.load_clipped_units({})
+    assert straight.clipped_shares() == {}
+
+
+# The classifier alone, then all layers
+
+
+HEAD = {"fc.weight", "fc.bias"}
+HEAD_ONLY: list[dict[str, Any]] = [
+    {},
+    {"kind": "norm"},
+    {"kind": "lars"},
+    {"kind": "adamw"},
+    {"sam_rho": 0.3, "sam_every": 2, "sam_shards": 2},
+    {"remat": "block", "micro_batch": 3},
+    {"precision": "fp16"},
+    {"name": "bn_nfnet_f0"},
+    {"name": "bn_nfnet_f0", "sam_rho": 0.3, "micro_batch": 4},
+]
+
+
+@pytest.mark.parametrize("change", HEAD_ONLY, ids=lambda c: " ".join(f"{k}={v}" for k, v in c.items()))
+def test_the_classifier_moves_alone_at_first(change: dict[str, Any]) -> None:
+    """For so many epochs the body keeps its bits, buffers and average too, without gradient or momentum; then all move.
+
+    SAM neither moves the body at its ascent point.
+    """
+    learner = a_learner(head_only=2.5, **change)
+    if learner.scaler is not None:
+        with_scale(learner, 16.0)
+    before = copies(learner)
+    body = {n: p for n, p in learner.model.state_dict(keep_vars=True).items() if n not in HEAD}
+    away: list[set[str]] = []
+
+    def look(*_: Any) -> None:
+        away.append({n for n, p in body.items() if not torch.equal(p, before[f"model.{n}"])})
+
+    hook = learner.model.register_forward_pre_hook(look)
     taken = advance(learner, 3)
-    moved = {n for n, p in learner.model.named_parameters() if not torch.equal(p, before[n])}
-    assert moved == {"fc.weight", "fc.bias"}
-    assert {n.partition(".")[2] for n in learner.tensors() if n.startswith("momentum")} == moved
-    advance(learner, 2, taken, taken)
-    moved = {n for n, p in learner.model.named_parameters() if not torch.equal(p, before[n])}
-    assert {n for n in before if n.endswith("weight")} <= moved
+    hook.remove()
+    assert away
+    assert set.union(*away) == set()
+    assert all(p.grad is None for p in body.values())
+    after = copies(learner)
+    moved = {n for n in before if not torch.equal(before[n], after[n])}
+    assert moved == {f"{part}.{n}" for part in ("model", "ema") for n in HEAD}
+    assert {n.partition(".")[2] for n in after if n.partition(".")[0] not in ("model", "ema")} <= HEAD
+    assert advance(learner, 4, taken, taken) == 7
+    after = copies(learner)
+    assert {n for n in before if torch.equal(before[n], after[n])} == set()
+
+
+def test_the_classifiers_gradient_is_that_of_a_whole_step() -> None:
+    """Freezing the body changes nothing for the classifier, and the masks are the same."""
+    alone, whole = a_learner(head_only=1.0, kind="sgd"), a_learner(kind="sgd")
+    for x in (alone, whole):
+        x.step(a_batch(), 0, 0)
+    for a, b in zip(alone.model.fc.parameters(), whole.model.fc.parameters(), strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_all_layers_move_at_once_from_given_weights(name: str, tmp_path: Path) -> None:
+    """Unless told otherwise: the first step with a rate moves every parameter of the network, and its average."""
+    save_weights(a_learner(name=name, seed=8).model, tmp_path / "weights.safetensors")
+    learner = a_learner(name=name, masks=False)
+    learner.start_from(tmp_path / "weights.safetensors")
+    given_weights = load_model(tmp_path / "weights.safetensors")[0].state_dict()
+    assert equal(dict(learner.model.state_dict()), dict(given_weights))
+    assert equal(dict(learner.ema.module.state_dict()), dict(given_weights))
+    learner.step(a_batch(), 0, 1)
+    for model in (learner.model, learner.ema.module):
+        assert [n for n, p in model.named_parameters() if torch.equal(p, given_weights[n])] == []
+
+
+# The length of a run
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.integers(1, 10**7), st.integers(1, 10**7), st.integers(1, 65_536), st.sampled_from([-1.0, 0.0, 1.0]))
+def test_epochs_that_make_a_whole_number_of_steps_make_that_number(
+    steps: int, images: int, batch: int, side: float
+) -> None:
+    """Though steps x batch / images is seldom a float; and so the last step is the last evaluation."""
+    epochs = steps * batch / images
+    epochs += side * math.ulp(epochs)
+    found = run_length(a_run(epochs=epochs, batch_size=batch), images)
+    assert found.total == steps
+    if epochs < 100:
+        assert max(found.evaluate_at()) == steps
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.integers(1, 400), st.integers(1, 3_000_000), st.integers(1, 65_536))
+def test_every_epoch_is_evaluated_at_the_first_step_by_which_it_is_done(eighths: int, images: int, batch: int) -> None:
+    """In whole numbers: total = floor(epochs x images / batch), ends = ceil(epoch x images / batch)."""
+    found = run_length(a_run(epochs=eighths / 8, batch_size=batch), images)
+    total = max(1, eighths * images // (8 * batch))
+    assert found.total == total
+    ends = {min(total, -(-epoch * images // batch)) for epoch in range(1, -(-eighths // 8) + 1)}
+    assert found.evaluate_at() == ends | {total}
+    assert min(found.evaluate_at()) >= 1
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.integers(1, 60), st.integers(1, 300), st.integers(1, 30), st.integers(0, 40), st.sampled_from([0.0, 0.01]))
+def test_the_schedule_of_a_run_is_its_formula(epochs: int, images: int, batch: int, warmup: int, floor: float) -> None:
+    """Up in a line for warmup epochs, fractions of a step included, then half a cosine; at most all but one step."""
+    run = a_run(lr=0.7, warmup=warmup / 4, floor=floor, epochs=float(epochs), batch_size=batch)
+    found = run_length(run, images)
+    schedule, total = found.schedule(run.optim), found.total
+    up = min(Fraction(warmup * images, 4 * batch), Fraction(total - 1))
+    for step in {0, 1, total // 3, int(up), int(up) + 1, total - 1, total}:
+        if up > 0 and step <= up:
+            expected = 0.7 * float(step / up)
+        else:
+            expected = floor + (0.7 - floor) * (1 + math.cos(math.pi * min(1.0, float((step - up) / (total - up))))) / 2
+        assert schedule(step) == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_loop_and_the_plan_have_the_length_of_the_run(tmp_path: Path) -> None:
+    """Where floor(epochs x images / batch) in floats is one step too few."""
+    epochs, images, batch = 15 * 4 / 13, 13, 4
+    assert math.floor(epochs * (images / batch)) == 14
+    run = a_run(epochs=epochs, batch_size=batch, warmup=2.0, head_only=1.5)
+    source = SyntheticSource(images, CLASSES, SIDE)
+    job = prepare(run, RunFolder.create(tmp_path / "run", run), source, source, Screen())
+    assert job.total == 15
+    assert job.evaluate_at == {4, 7, 10, 13, 15}
+    schedule = job.learner.schedule
+    assert schedule == run_length(run, images).schedule(run.optim)
+    assert (schedule.total_steps, schedule.warmup_steps) == (15, 6.5)
+    assert job.learner.head_steps == 1.5 * 13 / 4
+    lines = "\n".join(plan(run, images, CLASSES))
+    assert "15 of 4 images: 4.61538 epochs of 3.25 steps" in lines
+    assert f"up for 6.50 steps, then a cosine; 0 at 0, {schedule(6):.4g} at 6, {schedule(7):.4g} at 7, " in lines
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro_batch", "sam"),
+    [
+        (8, None, {}),
+        (8, 3, {}),
+        (8, 100, {}),
+        (8, None, {"sam_rho": 0.1, "sam_shards": 2}),
+        (8, 2, {"sam_rho": 0.1, "sam_shards": 2}),
+        (8, 3, {"sam_rho": 0.1, "sam_shards": 2}),
+        (8, 6, {"sam_rho": 0.1, "sam_shards": 2}),
+        (4, 2, {"sam_rho": 0.1, "sam_shards": 9}),
+        (8, 4, {"sam_rho": 0.0, "sam_shards": 4}),
+    ],
+)
+def test_the_plan_counts_the_parts_of_a_step(batch: int, micro_batch: int | None, sam: dict[str, Any]) -> None:
+    """As many images at once, as often, as the network then sees on the way down."""
+    run = a_run(batch_size=batch, micro_batch=micro_batch, **sam)
+    learner, sizes = a_learner(run), []
+
+    def look(_: nn.Module, x: tuple[Tensor, ...]) -> None:
+        if learner.sam is None or learner.sam._saved:
+            sizes.append(len(x[0]))
+
+    learner.model.register_forward_pre_hook(look)
+    learner.step(a_batch(0, batch), 0, 0)
+    assert sum(sizes) == batch
+    (line,) = [line for line in plan(run, 80, CLASSES) if line.startswith("batch ")]
+    assert line == f"batch       {max(sizes)} images at once, {len(sizes)} times; fp32, remat none"
+
+
+def test_parts_can_have_their_own_lambda() -> None:
+    """By stage and by pattern, the last one winning, and exemption over both."""
+    o = OptimConfig(
+        lr=0.1, clipping=0.01, warmup=0.0, lambdas=("stage0=0.02", "blocks.0.conv0.*=0.04"), unclipped=("stem",)
+    )
+    learner = build_learner(replace(a_run(), optim=o), CLASSES, Length(4.0, 1.0), AS_IT_IS)
+    found = {n: g["clipping"] for g in learner.optimizer.param_groups for n in g["names"]}
+    for name, clipping in found.items():
+        part = learner.model.part_of(name)
+        expected = {"stem": None, "stage0": 0.02}.get(part, None if name == "fc.weight" else 0.01)
+        assert clipping == (0.04 if name.startswith("blocks.0.conv0.") else expected), name
+
+
+def test_memory_that_runs_out_with_sam_halves_the_shard() -> None:
+    """What was tried at once is a shard, not the batch."""
+    learner = a_learner(sam_rho=0.3, sam_every=1, sam_shards=4)
+    learner.model.register_forward_pre_hook(too_many(1, OUT_OF_MEMORY[0]))
+    learner.step(a_batch(), 0, 1)
+    assert learner.micro_batch == 1

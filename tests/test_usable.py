@@ -83,6 +83,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "silu": {**_NFNET, "activation": "silu"},
     "relu": {**_NFNET, "activation": "relu"},
     "first expansion": {**_NFNET, "first_expansion": 1.0},
+    "se gelu": {**_NFNET, "se_gelu": True},
     "alpha and ratio": {**_NFNET, "alpha": 0.35, "se_ratio": 0.25, "skip_init": 1.0},
     "many": {**_NFNET, **_STAGES, "squeeze": "straddle", "beta_first": True, "final": "fc", "padding": "symmetric"},
     "resnet, symmetric": {**_NF_RESNET, "padding": "symmetric"},
@@ -90,8 +91,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "resnet, second 3x3": {**_NF_RESNET, "second_conv": True, "group_width": 4, "beta_first": True},
     "resnet, dct": {**_NF_RESNET, "stem": "dct"},
     "regnet, straddle": {**_REGNET, "squeeze": "straddle", "beta_first": True},
-    "regnet, fc": {**_REGNET, "final": "fc", "padding": "symmetric"},
-    "bn, straddle": {**_BN_NFNET, "squeeze": "straddle", "padding": "symmetric"},
+    "regnet, fc": {**_REGNET, "final": "fc", "padding": "symmetric", "se_gelu": True},
+    "bn, straddle": {**_BN_NFNET, "squeeze": "straddle", "padding": "symmetric", "se_gelu": True},
     "bn, inner": {**_BN_NFNET, "squeeze": "inner", "pointwise_groups": 2},
     "bn, fc": {**_BN_NFNET, "final": "fc", "second_conv": False},
     "bn, dct": {**_BN_NFNET, "stem": "dct"},
@@ -151,6 +152,11 @@ def _error(ours: Tensor, theirs: Tensor) -> float:
 _GAMMAS = {"gelu": 1.7015043497085571, "relu": 1.7139588594436646, "silu": 1.7881293296813965}
 
 
+def _gelu(z: Tensor) -> Tensor:
+    """The tanh form, without gain."""
+    return 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+
 class Plain:
     """The network written from the descriptions of the options, with every scalar where the paper has it."""
 
@@ -163,10 +169,7 @@ class Plain:
         if not self.free:
             z = self.batch_norm(norm, z)
         kind = self.c.activation
-        if kind == "gelu":
-            z = 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
-        else:
-            z = z * torch.sigmoid(z) if kind == "silu" else z.clamp_min(0)
+        z = _gelu(z) if kind == "gelu" else z * torch.sigmoid(z) if kind == "silu" else z.clamp_min(0)
         return z * _GAMMAS[kind] if self.free else z
 
     def batch_norm(self, norm: nn.Module | None, z: Tensor) -> Tensor:
@@ -205,7 +208,9 @@ class Plain:
         """(N, C, H, W) -> (N, C, 1, 1)."""
         se = block.squeeze_excite
         assert se is not None
-        out = torch.sigmoid(se.fc1(F.relu(se.fc0(z.mean((2, 3))))))[:, :, None, None]
+        hidden = se.fc0(z.mean((2, 3)))
+        hidden = _gelu(hidden) if self.c.se_gelu else hidden.clamp_min(0)
+        out = torch.sigmoid(se.fc1(hidden))[:, :, None, None]
         return 2 * out if self.free else out
 
     def stem(self, x: Tensor) -> Tensor:
@@ -1053,6 +1058,36 @@ def test_resetting_the_classifier_keeps_the_body(case: str) -> None:
         other = Network(model.config)
     other.reset_classifier(4)
     assert other.fc.weight.device.type == "meta"
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_weights_start_as_lecun_has_them(case: str) -> None:
+    """Normal with variance 1 / fan-in: those of convolutions and of the layers of squeeze-excite; gains 1, biases 0.
+
+    Over all weights of a network: mean, variance and the shares within one and two standard deviations; and the
+    variance of each larger tensor.
+    """
+    torch.manual_seed(6)
+    model = normfree.create_model(**{**CASES[case], "widths": (32, 48, 64, 64)})
+    scaled = []
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert not p.any(), name
+        elif name.endswith("gain") and not name.endswith("skip_gain"):
+            assert (p == 1).all(), name
+        elif name.endswith("weight") and p.ndim > 1 and name != "fc.weight":
+            z = (p.detach() * math.prod(p.shape[1:]) ** 0.5).flatten()
+            if len(z) > 500:
+                assert z.var().item() == pytest.approx(1.0, abs=5 * (2 / len(z)) ** 0.5), name
+            scaled.append(z)
+    z = torch.cat(scaled)
+    n = len(z)
+    assert n > 20_000
+    assert abs(z.mean().item()) < 4 / n**0.5
+    assert z.var().item() == pytest.approx(1.0, abs=4 * (2 / n) ** 0.5)
+    for reach, expected in ((1.0, 0.682689), (2.0, 0.954500), (3.0, 0.997300)):
+        spread = (expected * (1 - expected) / n) ** 0.5
+        assert (z.abs() < reach).double().mean().item() == pytest.approx(expected, abs=4 * spread)
 
 
 @pytest.mark.parametrize("case", [*FAMILIES, *OPTIONS])

@@ -70,10 +70,19 @@ class DataConfig:
     margin: int  # pixels cut off around ("center", "squash": in all; "pad": the border on each side)
     mean: tuple[float, float, float] = IMAGENET_MEAN  # of RGB in [0, 1], ImageNet's
     std: tuple[float, float, float] = IMAGENET_STD
-    antialias: bool = True  # of evaluation; False resizes as the authors did, in float32
+    antialias: bool = True  # of what is made smaller; False resizes as the authors did, for evaluation in float32
+    scaled_decode: bool = False  # large JPEGs are decoded at a half, a quarter or an eighth for training
+    pixels: str = "uint8"  # of training images before mixing; "float16" is not rounded, as the authors' are not
+    mixup: float = 0.0  # alpha of MixUp, 0.2 in the paper; 0 does without
+    cutmix: bool = False  # on half of the images if there is MixUp, otherwise on all
+    pairs: str = "disjoint"  # of both: "disjoint" reads two images for each, as the paper; "batch" takes neighbours
+    randaugment: int = 0  # layers of RandAugment, 4 in the paper
+    magnitude: float = 10.0  # of RandAugment
+    autoaugment: bool = False  # the policy v0 of AutoAugment, in place of RandAugment
     validation: float = 0.2  # share of a folder without a val/ that is held out
     workers: int = 0  # loader processes; 0 loads in this one
     bad_images: float = 0.05  # the run stops when more than this share cannot be read
+    timeout: float = 600.0  # seconds without a batch from the loader processes until the run stops; 0 waits for ever
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,7 @@ class OptimConfig:
     floor: float = 0.0  # learning rate at the end
     head_only: float = 0.0  # epochs at the start in which the classifier alone moves
     unclipped: tuple[str, ...] = ()  # parts without AGC, as in 4.1: stem stage0 .. head, or names such as blocks.0.*
+    lambdas: tuple[str, ...] = ()  # of parts that have their own, as stage1=0.02 blocks.0.*=0.04
     clip_classifier: bool = False  # AGC on the classifier's weight too, against the paper's advice
     loss: str = "softmax"  # or "sigmoid"
     class_weights: str = "none"  # or "balanced": every class counts alike
@@ -127,6 +137,7 @@ class Run:
     train: TrainConfig
 
 
+PAIRS = ("disjoint", "batch")
 EVAL_CROPS = ("center", "squash", "pad")
 TRAIN_CROPS = ("box", "shift")
 
@@ -138,6 +149,12 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("data.eval_crop", " or ".join(EVAL_CROPS), lambda v: v in EVAL_CROPS),
     ("data.size", "positive", lambda v: v > 0),
     ("data.test_size", "positive", lambda v: v > 0),
+    ("data.pixels", "uint8 or float16", lambda v: v in ("uint8", "float16")),
+    ("data.mixup", "not negative", lambda v: v >= 0),
+    ("data.pairs", " or ".join(PAIRS), lambda v: v in PAIRS),
+    ("data.randaugment", "not negative", lambda v: v >= 0),
+    ("data.magnitude", "in [0, 100]", lambda v: 0 <= v <= 100),
+    ("data.timeout", "not negative", lambda v: v >= 0),
     ("data.min_area", "in (0, 1]", lambda v: 0 < v <= 1),
     ("data.shift", "not negative", lambda v: v >= 0),
     ("data.zoom", "in [0, 1)", lambda v: 0 <= v < 1),
@@ -228,20 +245,20 @@ def flat(run: Run) -> dict[str, Any]:
 
 # settings of "optim" that a kind of optimizer does not look at, and those whose defaults are another's
 _IGNORED = {
-    "sgd": ("clipping", "eps", "unclipped", "clip_classifier"),
-    "norm": ("eps", "unclipped", "clip_classifier"),
-    "lars": ("clipping", "eps", "unclipped", "clip_classifier", "nesterov"),
+    "sgd": ("clipping", "eps", "unclipped", "lambdas", "clip_classifier"),
+    "norm": ("eps", "unclipped", "lambdas", "clip_classifier"),
+    "lars": ("clipping", "eps", "unclipped", "lambdas", "clip_classifier", "nesterov"),
     "adamw": ("momentum", "nesterov"),
 }
 _OWN = {
     "norm": {"clipping": "the largest norm of the whole gradient, 1.0 say"},
     "lars": {"lr": "its steps are a thousandth of the rate times a tensor's length"},
-    "adamw": {"lr": "1e-3 say"},
+    "adamw": {"lr": "1e-3 say", "weight_decay": "it is not L2, 0.05 say"},
 }
 
 
 def check_given(run: Run, given: Iterable[str]) -> None:
-    """What the user gave is looked at by the optimizer that the run has, and what it needs of its own is given.
+    """What the user gave is looked at by the run that came of it, and what its optimizer needs of its own is given.
 
     Raises:
         UserError: names the first setting that would do nothing, or that is missing.
@@ -253,12 +270,19 @@ def check_given(run: Run, given: Iterable[str]) -> None:
     for name, why in _OWN.get(kind, {}).items():
         if f"optim.{name}" not in given:
             raise UserError(f"--optim.kind {kind} needs its own --optim.{name}: {why}")
+    d = run.data
+    if not (d.mixup or d.cutmix) and "data.pairs" in given:
+        raise UserError("data.pairs does nothing without mixing; switch it on with --data.mixup 0.2 --data.cutmix true")
+    if d.autoaugment and d.randaugment:
+        raise UserError("data.autoaugment takes the place of RandAugment: leave it out, or set --data.randaugment 0")
+    if not d.randaugment and "data.magnitude" in given:
+        raise UserError("data.magnitude does nothing without RandAugment; switch it on with --data.randaugment 4")
     if run.optim.sam_rho == 0 and (idle := sorted({"optim.sam_every", "optim.sam_shards"} & given)):
         raise UserError(f"{idle[0]} does nothing without SAM; switch it on with --optim.sam-rho 0.05")
 
 
 # settings that a resumed run may change: what is computed is the same
-MOVABLE = ("train.device", "train.log_every", "data.workers")
+MOVABLE = ("train.device", "train.log_every", "data.workers", "data.timeout")
 
 
 def settings_hash(run: Run) -> str:

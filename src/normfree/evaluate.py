@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from normfree.config import IMAGENET_MEAN, IMAGENET_STD, UserError
 from normfree.data.crop import Preprocessing
-from normfree.data.loader import eval_batches
+from normfree.data.loader import Loading, eval_batches
 from normfree.data.sources import Source
 from normfree.models import model_config
 from normfree.nn.loss import sample_losses
@@ -96,7 +96,8 @@ def infer(
     was_training = model.training
     model.eval()
     logits, labels, indices, bad = [], [], [], []
-    for b, batch in enumerate(eval_batches(source, preprocessing, batch_size, workers, pin=device.type == "cuda")):
+    loading = Loading(workers, pin=device.type == "cuda")
+    for b, batch in enumerate(eval_batches(source, preprocessing, batch_size, loading)):
         if should_stop():
             raise Interrupted
         out = model(preprocessing.normalize(batch.images.to(device))).cpu()
@@ -127,6 +128,8 @@ def score(outputs: Outputs, loss: str = "softmax") -> Scores:
     if n == 0:
         raise UserError("no validation image could be read")
     rank = _places(outputs.logits, outputs.labels)
+    if outputs.labels.ndim == 2:  # an image without labels is never right
+        rank = torch.where((outputs.labels > 0).any(1), rank, 5)
     total = sample_losses(outputs.logits.double(), outputs.labels, loss).sum().item()
     precision = average_precision(outputs.logits, outputs.labels) if outputs.labels.ndim == 2 else None
     return Scores(int((rank < 1).sum()) / n, int((rank < 5).sum()) / n, total / n, n, precision)
@@ -141,8 +144,10 @@ def _places(logits: Tensor, labels: Tensor) -> Tensor:
     return (~(logits <= own) | ((logits == own) & earlier)).sum(1)
 
 
-def average_precision(logits: Tensor, labels: Tensor) -> float:
+def average_precision(logits: Tensor, labels: Tensor) -> float | None:
     """Mean over the classes with a positive of the mean precision at each of its positives, by falling logit.
+
+    None where there is no positive at all.
 
     Args:
         logits: (N, classes).
@@ -152,4 +157,5 @@ def average_precision(logits: Tensor, labels: Tensor) -> float:
     positive = labels.gather(0, order).double()
     precision = positive.cumsum(0) / torch.arange(1, len(labels) + 1, dtype=torch.float64)[:, None]
     count = positive.sum(0)
-    return float(((precision * positive).sum(0) / count)[count > 0].mean())
+    by_class = ((precision * positive).sum(0) / count)[count > 0]
+    return float(by_class.mean()) if len(by_class) else None

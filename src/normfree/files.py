@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside, synced, renamed; and their checksums."""
+"""Files that are whole or not there: written beside, synced, renamed; their checksums; and where caches are."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+
+
+def cache_folder() -> Path:
+    """For downloads and lists: $NORMFREE_CACHE, or normfree/ in $XDG_CACHE_HOME or ~/.cache."""
+    if own := os.environ.get("NORMFREE_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "normfree"
 
 
 def write_atomic(path: Path, content: bytes) -> None:

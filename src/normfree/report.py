@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from normfree.data.crop import Preprocessing
-from normfree.data.loader import Batch
 from normfree.data.sources import Source
 from normfree.evaluate import Outputs
 from normfree.files import write_atomic
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_MATRIX = 1000  # classes of a confusion matrix, at most
 RAW, AVERAGED, THIRD = "#888888", "#1f5fbf", "#d1682b"
 
 
@@ -37,7 +38,7 @@ class Findings:
     metrics: list[dict[str, Any]]
     outputs: Outputs
     val: Source
-    batch: Batch
+    training: tuple[Tensor, Tensor]  # images (N, 3, S, S) uint8 or floating-point, and targets, as in a step
     preprocessing: Preprocessing
     bad: dict[str, str]
 
@@ -46,12 +47,8 @@ def write_report(folder: Path, page: Path, findings: Findings) -> None:
     """Draw every picture into the folder as PNG, and the page with all of them inside."""
     pictures: dict[str, tuple[Figure, str]] = {
         "curves": (curves(findings.metrics), "Loss, accuracy, learning rate and the share of clipped units."),
-        "confusion": (
-            confusion(findings.outputs, findings.val.classes),
-            "Validation images by true and predicted class.",
-        ),
         "batch": (
-            batch_grid(findings.batch, findings.val.classes),
+            image_grid(*findings.training, findings.val.classes),
             "The first training images, as the network saw them.",
         ),
         "mistakes": (
@@ -59,6 +56,9 @@ def write_report(folder: Path, page: Path, findings: Findings) -> None:
             "The validation images that were most surely mistaken: true class, predicted class and its probability.",
         ),
     }
+    if findings.outputs.labels.ndim == 1 and len(findings.val.classes) <= _MATRIX:
+        matrix = confusion(findings.outputs, findings.val.classes)
+        pictures["confusion"] = (matrix, "Validation images by true and predicted class.")
     by_layer = clipping([m for m in findings.metrics if m["kind"] == "eval"])
     if by_layer is not None:
         pictures["clipping"] = (by_layer, "The share of units that AGC clipped, by tensor, from stem to head.")
@@ -142,13 +142,16 @@ def confusion(outputs: Outputs, classes: Sequence[str]) -> Figure:
 
 
 def most_confused(outputs: Outputs, classes: Sequence[str], most: int = 10) -> list[tuple[str, str, str]]:
-    """(true class, predicted class, "n of m") of the pairs that were mistaken most often."""
-    counts = _counts(outputs, len(classes))
-    totals = counts.sum(1)
-    np.fill_diagonal(counts, 0)
-    order = np.argsort(-counts, axis=None, kind="stable")[:most]
-    pairs = [divmod(int(o), len(classes)) for o in order if counts.flat[o] > 0]
-    return [(classes[i], classes[j], f"{counts[i, j]} of {totals[i]}") for i, j in pairs]
+    """(true class, predicted class, "n of m") of the pairs that were mistaken most often; none of several labels."""
+    if outputs.labels.ndim == 2:
+        return []
+    true, predicted = outputs.labels.numpy(), outputs.logits.argmax(1).numpy()
+    totals, wrong = np.bincount(true, minlength=len(classes)), true != predicted
+    pairs, counts = np.unique(np.stack([true[wrong], predicted[wrong]], 1), axis=0, return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:most]
+    return [
+        (classes[i], classes[j], f"{n} of {totals[i]}") for (i, j), n in zip(pairs[order], counts[order], strict=True)
+    ]
 
 
 def _counts(outputs: Outputs, classes: int) -> NDArray[np.int64]:
@@ -162,25 +165,38 @@ def short_name(name: str, most: int) -> str:
     return name if len(name) <= most else f"{name[: most // 2]}…{name[len(name) + 1 + most // 2 - most :]}"
 
 
-def batch_grid(batch: Batch, classes: Sequence[str]) -> Figure:
-    """Up to 32 training images after augmentation."""
-    images = batch.images[:32].permute(0, 2, 3, 1).numpy()
-    return _grid(images, [short_name(classes[i], 16) for i in batch.labels[:32].tolist()], columns=8)
+def image_grid(images: Tensor, targets: Tensor, classes: Sequence[str]) -> Figure:
+    """Training images after augmentation, 8 in a row, with their classes or the shares of them."""
+    pixels = images.float().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    return _grid(pixels, [_target(t, classes) for t in targets.cpu()], columns=8)
+
+
+def _target(target: Tensor, classes: Sequence[str]) -> str:
+    """The class of a label, or the two greatest shares of a mixed one."""
+    if target.ndim == 0:
+        return short_name(classes[int(target)], 16)
+    share, place = target.sort(descending=True, stable=True)
+    parts = [(s, classes[i]) for s, i in zip(share.tolist()[:2], place.tolist()[:2], strict=True) if s >= 0.005]
+    return "\n".join(short_name(name, 16) + (f" {100 * s:.0f} %" if s < 0.995 else "") for s, name in parts)
 
 
 def mistakes(outputs: Outputs, val: Source, preprocessing: Preprocessing) -> Figure:
     """Up to 24 wrong predictions with the highest probability."""
     probability, predicted = outputs.logits.double().softmax(1).max(1)
-    wrong = torch.nonzero(predicted != outputs.labels).flatten()
+    labels = outputs.labels
+    right = labels == predicted if labels.ndim == 1 else labels.gather(1, predicted[:, None])[:, 0] > 0
+    wrong = torch.nonzero(~right).flatten()
     worst = wrong[probability[wrong].argsort(descending=True, stable=True)][:24]
     if len(worst) == 0:
         figure, (axis,) = _figure(6, 1.2, 1, 1)
         axis.text(0.5, 0.5, "no mistakes on the validation images", ha="center", va="center", fontsize=12)
         axis.axis("off")
         return figure
-    images = [preprocessing(val.read(i)) for i in outputs.indices[worst].tolist()]
+    images = [preprocessing.pixels(val.read(i)) for i in outputs.indices[worst].tolist()]
     names = [short_name(name, 14) for name in val.classes]
-    titles = [f"{names[outputs.labels[i]]}\n→ {names[predicted[i]]} {100 * probability[i]:.0f} %" for i in worst]
+    several = [[int(t)] if t.ndim == 0 else torch.nonzero(t).flatten().tolist()[:2] for t in labels[worst]]
+    true = [", ".join(names[c] for c in classes) for classes in several]
+    titles = [f"{t}\n→ {names[predicted[i]]} {100 * probability[i]:.0f} %" for t, i in zip(true, worst, strict=True)]
     return _grid(np.stack(images), titles, columns=6)
 
 

@@ -13,7 +13,7 @@ COMMANDS = {
     "train": "train on the bundled digits, or on a folder of images",
     "evaluate": "score weights on labelled images",
     "predict": "label image files",
-    "data": "make a sample set of images",
+    "data": "check a set of images, show what training sees, make a sample set",
     "list": "the networks by name, and what they cost",
     "study": "measure again what the paper claims",
     "doctor": "check this machine",

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import re
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,19 +10,9 @@ from typing import Annotated, Any
 import tyro
 
 from normfree.cli.common import check_device, parse, warn
-from normfree.config import (
-    DataConfig,
-    Given,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-    UserError,
-    check_given,
-    check_ranges,
-    suggestion,
-)
-from normfree.data.sources import Source, SyntheticSource, open_data
-from normfree.models import model_config
+from normfree.cli.settings import OPTIONAL, given_settings, recipe_name
+from normfree.config import Given, UserError, check_given, check_ranges
+from normfree.data.sources import Source, SyntheticSource, describe, open_data
 from normfree.recipes import RECIPES
 from normfree.recipes.dry_run import plan, walk
 from normfree.recipes.paper import IMAGENET, PAPER
@@ -35,21 +22,6 @@ from normfree.train.loop import Job, State, Stopped, begin, check_run, fit, held
 from normfree.train.record import RunFolder, conflicts, free_folder, newest_run
 
 RUNS = Path("runs")
-
-
-def _optional(section: type) -> Any:
-    """A section of the settings in which each is optional, for its flags; helped by the comments in its source."""
-    hints = typing.get_type_hints(section)
-    helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(section), re.MULTILINE))
-    fields = []
-    for f in dataclasses.fields(section):
-        kind: Any = Annotated[hints[f.name] | None, tyro.conf.arg(help=helps.get(f.name, ""))]
-        fields.append((f.name, kind, dataclasses.field(default=None)))
-    return dataclasses.make_dataclass(section.__name__, fields, namespace={"__doc__": section.__doc__})
-
-
-_SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "train": TrainConfig}
-_OPTIONAL = {name: _optional(section) for name, section in _SECTIONS.items()}
 _Arguments = dataclasses.make_dataclass(
     "Train",
     [
@@ -58,7 +30,7 @@ _Arguments = dataclasses.make_dataclass(
         ("resume", Annotated[bool, tyro.conf.arg(help="go on with a run: the newest, or that of --run-dir")], False),
         ("weights", Annotated[str | None, tyro.conf.arg(help="the same as --model.weights")], None),
         ("dry_run", Annotated[bool, tyro.conf.arg(help="print the plan and try each part on synthetic images")], False),
-        *((name, section, dataclasses.field(default_factory=section)) for name, section in _OPTIONAL.items()),
+        *((name, section, dataclasses.field(default_factory=section)) for name, section in OPTIONAL.items()),
     ],
     namespace={"__doc__": "Train a network. Without a recipe: the bundled digits, or the folder of --data.root."},
 )
@@ -67,7 +39,7 @@ _Arguments = dataclasses.make_dataclass(
 def run(arguments: Sequence[str]) -> int:
     """Train, report, and say what can be done next."""
     args: Any = parse(_Arguments, "train", arguments)
-    given = Given(_given(args))
+    given = given_settings(args)
     check_ranges(given.values)
     check_device(given.values.get("train.device"))
     screen = Screen()
@@ -77,10 +49,8 @@ def run(arguments: Sequence[str]) -> int:
     again = f"normfree train --run-dir {job.folder.path} --resume"
     try:
         state = resume(job) if args.resume else _start(job, given)
-        screen.say(
-            f"{len(job.train)} training and {len(job.val)} validation images of {len(job.train.classes)} classes; "
-            f"{job.total} steps; writing to {job.folder.path}"
-        )
+        screen.say(f"training    {describe(job.train)}\nvalidation  {describe(job.val)}")
+        screen.say(f"{job.total} steps; writing to {job.folder.path}")
         fit(job, state)
     except Stopped as e:
         screen.say(f"stopped; a checkpoint is saved. Go on with: {again}")
@@ -93,39 +63,9 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _given(args: Any) -> dict[str, Any]:
-    sections = {s: getattr(args, s) for s in _SECTIONS}
-    values = {
-        f"{s}.{f.name}": value
-        for s, section in sections.items()
-        for f in dataclasses.fields(section)
-        if (value := getattr(section, f.name)) is not None
-    }
-    if values.get("data.root", "digits") != "digits":  # so that other commands find the images from anywhere
-        values["data.root"] = str(Path(values["data.root"]).expanduser().resolve())
-    if args.weights is not None:
-        values["model.weights"] = args.weights
-    weights = values.get("model.weights")
-    if weights not in (None, "hub", "authors") and "://" not in weights:
-        values["model.weights"] = str(Path(weights).expanduser().resolve())
-    return values
-
-
-def _recipe(args: Any, given: Given) -> str:
-    """The name of the recipe; the nearest is suggested for one that is not there."""
-    name: str = args.recipe or ("folder" if "data.root" in given.values else "digits")
-    if name not in RECIPES:
-        if Path(name).is_dir():
-            raise UserError(f"{name!r} is no recipe but a folder: normfree train --data.root {name}")
-        raise UserError(f"unknown recipe {name!r}{suggestion(name, RECIPES) or '; choose from ' + ', '.join(RECIPES)}")
-    if "model.name" in given.values:
-        model_config(given.values["model.name"])  # raises with the nearest names
-    return name
-
-
 def _begin(args: Any, given: Given, screen: Screen) -> Job:
     """A new run: everything that can be wrong is found before its folder is made."""
-    name = _recipe(args, given)
+    name = recipe_name(args.recipe, given)
     root = given.values.setdefault("data.root", "digits" if name == "digits" else None)
     if root is None:
         raise UserError(f"the recipe {name!r} trains on a folder of images: --data.root DIR")
@@ -136,19 +76,18 @@ def _begin(args: Any, given: Given, screen: Screen) -> Job:
     if name.endswith("finetune") and settings.model.weights is None:
         raise UserError("name the weights to start from with --weights FILE")
     check_given(settings, given.values)
-    check_run(settings, len(train))
+    check_run(settings, train)
     path = args.run_dir or free_folder(RUNS, name)
     if root != "digits" and path.resolve().is_relative_to(root):
         raise UserError(f"the run folder {path} would lie among the images in {root}; choose --run-dir elsewhere")
-    for setting, value, why in given.chosen:
-        screen.say(f"{setting:<18} {_short(value):<14} {why}")
+    _say_choices(given, screen)
     RunFolder.check_free(path)
     return prepare(settings, RunFolder(path), train, val, screen)
 
 
 def _dry_run(args: Any, given: Given, screen: Screen) -> int:
     """Print what a run would do, and walk each of its parts once."""
-    name = _recipe(args, given)
+    name = recipe_name(args.recipe, given)
     root = given.values.get("data.root", "digits" if name == "digits" else None)
     if args.resume or args.run_dir is not None:
         raise UserError("--dry-run neither resumes nor writes a run folder: leave out --resume and --run-dir")
@@ -162,7 +101,8 @@ def _dry_run(args: Any, given: Given, screen: Screen) -> int:
         train, _ = open_data(root, given.values.get("data.validation", 0.2))
     settings = RECIPES[name](given, train)
     check_given(settings, given.values)
-    check_run(settings, len(train))
+    check_run(settings, train)
+    _say_choices(given, screen)
     for line in plan(settings, len(train), len(train.classes)):
         screen.say(line)
     try:
@@ -177,7 +117,7 @@ def _start(job: Job, given: Given) -> State:
     """Make the folder of a new run, once its weights are loaded."""
     state = begin(job)
     RunFolder.create(job.folder.path, job.run, given.chosen)
-    held_out(job.folder, job.train, job.val)
+    held_out(job.folder, job.val)
     return state
 
 
@@ -190,7 +130,7 @@ def _reopen(args: Any, given: Given, screen: Screen) -> Job:
     settings = given.apply(settings)
     check_device(settings.train.device)
     train, val = open_data(settings.data.root, settings.data.validation)
-    check_run(settings, len(train))
+    check_run(settings, train)
     return prepare(settings, folder, train, val, screen)
 
 
@@ -204,6 +144,11 @@ def _conclude(screen: Screen, folder: RunFolder, summary: dict[str, Any]) -> Non
         screen.say(f"{counts}: {folder.bad_images}")
     screen.say(f"report    {folder.report}\nweights   {folder.weights}\n\nnext:")
     screen.say(f"  normfree evaluate {folder.path}\n  normfree predict {folder.path} IMAGE_OR_FOLDER")
+
+
+def _say_choices(given: Given, screen: Screen) -> None:
+    for setting, value, why in given.chosen:
+        screen.say(f"{setting:<22} {_short(value):<14} {why}")
 
 
 def _short(value: Any) -> str:

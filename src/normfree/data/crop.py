@@ -1,13 +1,13 @@
-"""Crops: from an image of any size to a square, for training and for evaluation.
+"""Crops: from an image of any size, or its file, to a square, for training and for evaluation.
 
-Boxes are (left, top, right, bottom) in pixels of the image. Resizing is Pillow's bicubic, antialiased, to uint8; or for
-evaluation as published TensorFlow's, not antialiased, to float32.
+An image is cut to whole pixels first and then resized, so that nothing outside the box shows.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +16,15 @@ from PIL import Image
 from torch import Tensor
 
 from normfree.config import EVAL_CROPS, TRAIN_CROPS, UserError
-from normfree.data.resize import resize_bicubic
+from normfree.data import boxes
+from normfree.data.boxes import Box, centred_box, distorted_box
+from normfree.data.decode import decode, image_size
+from normfree.data.jpeg import SCALES
+from normfree.data.resize import antialiased, mirrored, quick_bicubic, resize_bicubic
 
 Pixels = NDArray[np.uint8]  # (H, W, 3)
-_TRIES = 10
-DRAWS = 1 + 4 * _TRIES  # uniform numbers that a training crop may use
+DRAWS = 1 + boxes.DRAWS  # uniform numbers that a training crop may use
+PIXELS = ("uint8", "float16")
 
 
 @dataclass(frozen=True)
@@ -50,30 +54,36 @@ class Preprocessing:
         if self.size < 1 or self.margin < 0 or (self.crop == "pad" and 2 * self.margin >= self.size):
             raise UserError(f"size {self.size} with margin {self.margin} leaves no pixels")
 
-    def __call__(self, image: Pixels) -> Pixels | NDArray[np.float32]:
-        """(H, W, 3) -> (size, size, 3): uint8, or float32 in the same range where nothing is antialiased."""
+    def __call__(self, image: Pixels | bytes) -> Pixels | NDArray[np.float32]:
+        """(H, W, 3), or a file -> (size, size, 3): uint8, or float32 in the same range where nothing is antialiased.
+
+        Raises:
+            BadImage: the file cannot be decoded.
+        """
         return self.pixels(image) if self.antialias else self._published(image)
 
-    def pixels(self, image: Pixels) -> Pixels:
+    def pixels(self, image: Pixels | bytes) -> Pixels:
         """The same crop, antialiased, in uint8."""
+        image = _decoded(image)
         if self.crop == "pad":
             return _pad(image, self.size, self.size - 2 * self.margin)
         if self.crop == "squash":
-            whole = _resize(image, (0, 0, image.shape[1], image.shape[0]), self.size + self.margin)
+            whole = antialiased(image, self.size + self.margin, self.size + self.margin)
             start = self.margin // 2
             return whole[start : start + self.size, start : start + self.size]
-        return _resize(image, _center_box(image, self.size / (self.size + self.margin)), self.size)
+        return antialiased(self._centre(image), self.size, self.size)
 
-    def _published(self, image: Pixels) -> NDArray[np.float32]:
+    def _published(self, image: Pixels | bytes) -> NDArray[np.float32]:
         """As the authors' input pipeline: of an odd margin the larger half is cut off at the top and left."""
-        size, whole = self.size, self.size + self.margin
+        image = _decoded(image)
         if self.crop == "squash":
-            start = (self.margin + 1) // 2
-            return resize_bicubic(image, whole, whole)[start : start + size, start : start + size]
-        height, width = image.shape[:2]
-        side = max(1, min(height, width) * size // whole)
-        top, left = (height - side + 1) // 2, (width - side + 1) // 2
-        return resize_bicubic(image[top : top + side, left : left + side], size, size)
+            whole, start = self.size + self.margin, (self.margin + 1) // 2
+            part = (start, start + self.size)
+            return resize_bicubic(image, whole, whole, part, part)
+        return resize_bicubic(self._centre(image), self.size, self.size)
+
+    def _centre(self, image: Pixels) -> Pixels:
+        return _cut(image, centred_box(image.shape[1], image.shape[0], self.size, self.margin))
 
     def normalize(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """uint8 or float (N, 3, H, W) -> (x / 255 - mean) / std on the same device, in float32 and then `dtype`."""
@@ -84,10 +94,17 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class TrainCrop:
-    """A random crop. kind "box": a part of the image, area and aspect random, resized (Szegedy et al. 2016b).
+    """A random crop.
 
-    kind "shift": the evaluation image, moved by up to `shift` pixels, zoomed by up to the factor 1 +- `zoom` and turned
-    by up to `rotate` degrees, black where nothing is; for images in which everything matters, such as characters.
+    kind: "box" takes a random part of the image and resizes it (Szegedy et al. 2016b, drawn as the authors draw it);
+        "shift" the evaluation image, moved by up to `shift` pixels, zoomed by up to the factor 1 +- `zoom` and turned
+        by up to `rotate` degrees, black where nothing is; for images in which everything matters, such as characters.
+    min_area: of a box, as a part of the image; at least `min_covered` is taken in any case.
+    antialias: of a box; False is the paper's.
+    pixels: "uint8", rounded and clipped, or "float16", neither, as the authors mix them; only for boxes.
+    scaled: JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where the box stays as large as the crop: quicker for
+        large photos, and not the paper's pixels.
+    margin: where no box is found, the centred square of size / (size + margin) of the short side is taken.
     """
 
     kind: str
@@ -98,22 +115,53 @@ class TrainCrop:
     rotate: float
     flip: bool
     still: Preprocessing  # of the same size
+    antialias: bool = True
+    pixels: str = "uint8"
+    scaled: bool = False
+    min_covered: float = 0.1
+    margin: int = 32
 
     def __post_init__(self) -> None:
         if self.kind not in TRAIN_CROPS:
             raise UserError(f"unknown crop {self.kind!r}; choose from {', '.join(TRAIN_CROPS)}")
+        if self.pixels not in PIXELS:
+            raise UserError(f"unknown pixels {self.pixels!r}; choose from {', '.join(PIXELS)}")
         if self.still.size != self.size:
             raise UserError(f"the evaluation image has {self.still.size} px, the training crop {self.size}")
+        if self.kind == "shift" and (self.pixels != "uint8" or not self.antialias):
+            raise UserError('the crop "shift" is always antialiased and of uint8')
+        if self.pixels != "uint8" and self.antialias:
+            raise UserError('pixels of float16 are not antialiased: set antialias to False, or pixels to "uint8"')
 
-    def __call__(self, image: Pixels, draws: NDArray[np.float32]) -> Pixels:
-        """(H, W, 3), uniform numbers (DRAWS,) -> (size, size, 3)."""
-        flip, numbers = self.flip and draws[0] < 0.5, draws[1:]
+    def __call__(self, image: Pixels | bytes, draws: NDArray[np.float32]) -> NDArray[Any]:
+        """(H, W, 3), or a file; uniform numbers (DRAWS,) -> (size, size, 3) uint8, or float16 where `pixels` says so.
+
+        Raises:
+            BadImage: the file cannot be decoded.
+        """
+        flip, numbers = bool(self.flip and draws[0] < 0.5), draws[1:]
         if self.kind == "shift":
-            out = self._moved(self.still.pixels(image), numbers)
-        else:
-            box = distorted_box(image.shape[1], image.shape[0], self.min_area, numbers)
-            out = _resize(image, box, self.size)
-        return np.ascontiguousarray(out[:, ::-1]) if flip else out
+            moved = self._moved(self.still.pixels(image), numbers)
+            return mirrored(moved) if flip else moved
+        part = self._part(image, numbers)
+        if self.antialias:
+            return antialiased(part, self.size, self.size, flip)
+        return quick_bicubic(part, self.size, flip, whole=self.pixels == "uint8")
+
+    def _part(self, image: Pixels | bytes, draws: NDArray[np.float32]) -> Pixels:
+        if not isinstance(image, bytes):
+            return _cut(image, self._box(image.shape[1], image.shape[0], draws))
+        if not self.scaled:
+            return self._part(_decoded(image), draws)
+        width, height = image_size(image)
+        box = self._box(width, height, draws)
+        shorter = min(box[2] - box[0], box[3] - box[1])
+        pixels = decode(image, max(s for s in SCALES if s == 1 or shorter >= s * self.size))
+        return _cut(pixels, _box_on(pixels, box, width, height))
+
+    def _box(self, width: int, height: int, draws: NDArray[np.float32]) -> Box:
+        box = distorted_box(width, height, self.min_area, draws, self.min_covered)
+        return box or centred_box(width, height, self.size, self.margin)
 
     def _moved(self, image: Pixels, draws: NDArray[np.float32]) -> Pixels:
         dx, dy = (math.floor(d * (2 * self.shift + 1)) - self.shift for d in draws[:2].tolist())
@@ -128,43 +176,27 @@ class TrainCrop:
         )
 
 
-def distorted_box(width: int, height: int, min_area: float, draws: NDArray[np.float32]) -> tuple[int, int, int, int]:
-    """A random box of whole pixels: area from [min_area, 1] of the image, aspect from [3/4, 4/3], ten tries.
-
-    Where none fits, the largest centred square.
-    """
-    for u_area, u_aspect, u_x, u_y in draws[: 4 * _TRIES].reshape(-1, 4).tolist():
-        area = (min_area + (1.0 - min_area) * u_area) * width * height
-        aspect = 3 / 4 + (4 / 3 - 3 / 4) * u_aspect
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            x, y = int(u_x * (width - w + 1)), int(u_y * (height - h + 1))
-            return x, y, x + w, y + h
-    side = min(width, height)
-    x, y = (width - side) // 2, (height - side) // 2
-    return x, y, x + side, y + side
+def _decoded(image: Pixels | bytes) -> Pixels:
+    return decode(image) if isinstance(image, bytes) else image
 
 
-def _center_box(image: Pixels, share: float) -> tuple[float, float, float, float]:
-    height, width = image.shape[:2]
-    side = min(height, width) * share
-    x, y = (width - side) / 2, (height - side) / 2
-    return x, y, x + side, y + side
+def _cut(image: Pixels, box: Box) -> Pixels:
+    left, top, right, bottom = box
+    return image[top:bottom, left:right]
 
 
-def _resize(image: Pixels, box: tuple[float, float, float, float], size: int) -> Pixels:
-    if tuple(box) == (0, 0, size, size) and image.shape[:2] == (size, size):
-        return image
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box))
+def _box_on(image: Pixels, box: Box, width: int, height: int) -> Box:
+    """The box of an image of width x height on the same image decoded at a scale, to the nearest pixels."""
+    x, y = image.shape[1] / width, image.shape[0] / height
+    left, top = round(box[0] * x), round(box[1] * y)
+    return left, top, max(left + 1, round(box[2] * x)), max(top + 1, round(box[3] * y))
 
 
 def _pad(image: Pixels, size: int, inner: int) -> Pixels:
     height, width = image.shape[:2]
     scale = inner / max(height, width)
     w, h = max(1, round(width * scale)), max(1, round(height * scale))
-    if (w, h) != (width, height):
-        image = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC))
     out = np.zeros((size, size, 3), np.uint8)
     y, x = (size - h) // 2, (size - w) // 2
-    out[y : y + h, x : x + w] = image
+    out[y : y + h, x : x + w] = antialiased(image, h, w)
     return out

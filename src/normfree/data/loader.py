@@ -5,10 +5,16 @@ Workers only read, decode and crop. What they deliver depends on the position in
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import math
 import multiprocessing
+import os
 import signal
+import sys
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
 
@@ -19,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from normfree import random
+from normfree.config import UserError
 from normfree.data.crop import DRAWS, Preprocessing, TrainCrop
 from normfree.data.decode import BadImage
 from normfree.data.order import samples_at
@@ -26,11 +33,33 @@ from normfree.data.sources import Source
 from normfree.random import Purpose
 
 
-class Batch(NamedTuple):
-    """images (N, 3, S, S) uint8, channels last in memory; float32 for an evaluation without antialiasing.
+@dataclass(frozen=True)
+class Loading:
+    """How batches are made: nothing of it changes what they hold.
 
-    labels (N,) int64; valid (N,) bool, False where an image of an evaluation is padding or broken; bad, the (index,
-    reason) of every image that could not be read.
+    workers: processes; 0 loads in this one.
+    pin: batches come in page-locked memory, from which a CUDA device copies while it computes.
+    timeout: seconds without a batch from the processes until their stacks are printed and `LoaderStalled` is raised; 0
+        waits for ever.
+    start: how processes begin: "fork", which shares the lists of files with them, or "spawn", where there is no fork
+        or it is not safe (macOS). They touch neither CUDA nor thread pools, so that they can be forked at any time.
+    """
+
+    workers: int = 0
+    pin: bool = False
+    timeout: float = 0.0
+    start: str = "fork" if sys.platform == "linux" else "spawn"
+
+
+class LoaderStalled(UserError):
+    """The loader processes delivered nothing for too long, or one of them died."""
+
+
+class Batch(NamedTuple):
+    """images (N, 3, S, S), channels last in memory: uint8, or floating-point in the same range where so asked for.
+
+    labels (N,) int64, or (N, classes) float32 where an image may have several; valid (N,) bool, False where an image of
+    an evaluation is padding or broken; bad, the (index, reason) of every image that could not be read.
     """
 
     images: Tensor
@@ -54,20 +83,21 @@ class _TrainStream(Dataset["Batch | BadImage"]):
     def _batch(self, positions: list[int]) -> Batch:
         passes, indices = samples_at(np.array(positions), len(self.source), self.seed)
         draws = random.uniform(self.seed, Purpose.CROP, passes, indices, n=DRAWS)
-        images = np.empty((len(positions), self.crop.size, self.crop.size, 3), np.uint8)
+        images = np.empty((len(positions), self.crop.size, self.crop.size, 3), self.crop.pixels)
         bad: list[tuple[int, str]] = []
         for slot, (pass_number, index) in enumerate(zip(passes.tolist(), indices.tolist(), strict=True)):
-            image, indices[slot] = self._read(pass_number, index, bad)
-            images[slot] = self.crop(image, draws[slot])
+            images[slot], indices[slot] = self._crop(pass_number, index, draws[slot], bad)
         valid = np.ones(len(positions), bool)
         return _batch(images, self.source.labels[indices], valid, bad)
 
-    def _read(self, pass_number: int, index: int, bad: list[tuple[int, str]]) -> tuple[NDArray[np.uint8], int]:
-        """The image, or in place of a broken one another, drawn by (pass, index); and its index."""
+    def _crop(
+        self, pass_number: int, index: int, draws: NDArray[np.float32], bad: list[tuple[int, str]]
+    ) -> tuple[NDArray[Any], int]:
+        """The crop of an image, or in place of a broken one another, drawn by (pass, index); and its index."""
         wanted, attempts = index, 0
         while True:
             try:
-                return self.source.read(index), index
+                return self.crop(self.source.content(index), draws), index
             except BadImage as e:
                 bad.append((index, str(e)))
             if attempts == 100:
@@ -89,78 +119,147 @@ class _EvalBatches(Dataset[Batch]):
     def __getitem__(self, b: int) -> Batch:
         size = self.preprocessing.size
         images = np.zeros((self.batch_size, size, size, 3), np.uint8 if self.preprocessing.antialias else np.float32)
-        labels, valid = np.zeros(self.batch_size, np.int64), np.zeros(self.batch_size, bool)
+        labels, valid = (
+            np.zeros_like(self.source.labels[:1].repeat(self.batch_size, 0)),
+            np.zeros(self.batch_size, bool),
+        )
         bad: list[tuple[int, str]] = []
         start = b * self.batch_size
         for slot, index in enumerate(range(start, min(start + self.batch_size, len(self.source)))):
             try:
-                images[slot] = self.preprocessing(self.source.read(index))
+                images[slot] = self.preprocessing(self.source.content(index))
                 labels[slot], valid[slot] = self.source.labels[index], True
             except BadImage as e:
                 bad.append((index, str(e)))
         return _batch(images, labels, valid, bad)
 
 
-def _batch(
-    images: NDArray[Any], labels: NDArray[np.int64], valid: NDArray[np.bool_], bad: list[tuple[int, str]]
-) -> Batch:
+def _batch(images: NDArray[Any], labels: NDArray[Any], valid: NDArray[np.bool_], bad: list[tuple[int, str]]) -> Batch:
     # (N, H, W, C) in memory is NCHW with channels last
-    return Batch(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels), torch.from_numpy(valid), bad)
+    several = labels.astype(np.float32) if labels.ndim == 2 else labels
+    return Batch(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(several), torch.from_numpy(valid), bad)
 
 
 def train_batches(
-    source: Source, crop: TrainCrop, seed: int, batch_size: int, steps: range, workers: int = 0, pin: bool = False
+    source: Source,
+    crop: TrainCrop,
+    seed: int,
+    batch_size: int,
+    steps: range,
+    loading: Loading | None = None,
+    slots: range | None = None,
 ) -> Iterator[Batch]:
-    """The batches of these steps; step s has positions s * batch_size and on, of the stream of `samples_at`."""
-    stream, requests = _TrainStream(source, crop, seed), _Steps(steps, batch_size)
-    if not workers:
+    """The batches of these steps; step s has positions s * batch_size and on, of the stream of `samples_at`.
+
+    Args:
+        source: of the images.
+        crop: of each.
+        seed: of the order and the crops.
+        batch_size: images read for a step, by all processes that train.
+        steps: of the run; they may begin anywhere.
+        loading: how; in this process if not given.
+        slots: those of each step's images that this process loads; all if not given.
+    """
+    loading = Loading() if loading is None else loading
+    stream, requests = _TrainStream(source, crop, seed), _Steps(steps, batch_size, slots or range(batch_size))
+    if not loading.workers:
         return (_batch_or_error(stream.__getitems__(positions)) for positions in requests)
-    return _start(DataLoader(stream, batch_sampler=requests, **_worker_options(workers, pin)))
+    return start_loader(DataLoader(stream, batch_sampler=requests, **worker_options(loading)))
 
 
 def eval_batches(
-    source: Source, preprocessing: Preprocessing, batch_size: int, workers: int = 0, pin: bool = False
+    source: Source, preprocessing: Preprocessing, batch_size: int, loading: Loading | None = None
 ) -> Iterator[Batch]:
     """Every sample once, in order."""
+    loading = Loading() if loading is None else loading
     batches = _EvalBatches(source, preprocessing, batch_size)
-    if not workers:
+    if not loading.workers:
         return (batches[b] for b in range(len(batches)))
-    return _start(DataLoader(batches, batch_size=None, **_worker_options(workers, pin)))
+    return start_loader(DataLoader(batches, batch_size=None, **worker_options(loading)))
+
+
+def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches with images and labels on a device.
+
+    A CUDA device copies from pinned memory on a stream of its own, beside the computation of the step before: the
+    process that trains asks for the next batch as soon as it has queued a step.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    copies, computation = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            images, labels = (t.to(device, non_blocking=True) for t in (batch.images, batch.labels))
+        computation.wait_stream(copies)
+        for t in (images, labels):
+            t.record_stream(computation)  # their memory is not given away while a step uses it
+        yield batch._replace(images=images, labels=labels)
 
 
 class _Steps:
     """The positions of each step, made when they are asked for."""
 
-    def __init__(self, steps: range, batch_size: int) -> None:
-        self.steps, self.batch_size = steps, batch_size
+    def __init__(self, steps: range, batch_size: int, slots: range) -> None:
+        self.steps, self.batch_size, self.slots = steps, batch_size, slots
 
     def __iter__(self) -> Iterator[list[int]]:
-        return (list(range(s * self.batch_size, (s + 1) * self.batch_size)) for s in self.steps)
+        return ([s * self.batch_size + slot for slot in self.slots] for s in self.steps)
 
     def __len__(self) -> int:
         return len(self.steps)
 
 
-def _worker_options(workers: int, pin: bool) -> dict[str, Any]:
+def worker_options(loading: Loading) -> dict[str, Any]:
+    """Arguments of a DataLoader, for `start_loader`."""
     return {
-        "num_workers": workers,
+        "num_workers": loading.workers,
         "collate_fn": _as_is,
-        "pin_memory": pin,
+        "pin_memory": loading.pin,
         "worker_init_fn": _deaf,
+        "timeout": loading.timeout,
+        "multiprocessing_context": loading.start,
         "generator": torch.Generator(),  # for seeds of workers, instead of torch's own
     }
 
 
-def _start(loader: DataLoader[Any]) -> Iterator[Batch]:
+def start_loader(loader: DataLoader[Any]) -> Iterator[Batch]:
     """The batches of a loader, whose workers end with this process even if they are in the middle of something.
 
     At its end Python asks children to terminate, which ours ignore, and then waits for them: so they are killed first.
     """
     before = set(multiprocessing.active_children())
     batches = iter(loader)
-    pids = [child.pid for child in set(multiprocessing.active_children()) - before]
+    pids = [child.pid for child in set(multiprocessing.active_children()) - before if child.pid is not None]
     Finalize(None, _kill, args=(pids,), exitpriority=100)
-    return (_batch_or_error(batch) for batch in batches)
+    return _delivered(batches, pids)
+
+
+def _delivered(batches: Iterator[Any], pids: list[int]) -> Iterator[Batch]:
+    while True:
+        try:
+            batch = next(batches, None)
+        except RuntimeError as e:
+            if "timed out" in str(e):
+                _print_stacks(pids)
+                _kill(pids)
+                raise LoaderStalled(
+                    "the loader delivered no batch in --data.timeout seconds; its stacks are above"
+                ) from e
+            if "DataLoader worker" in str(e):
+                raise LoaderStalled(f"{str(e).rstrip('.')}; if memory ran out, lower --data.workers") from e
+            raise
+        if batch is None:
+            return
+        yield _batch_or_error(batch)
+
+
+def _print_stacks(pids: list[int]) -> None:
+    """Where each loader process is, on its standard error."""
+    for pid in pids:
+        with contextlib.suppress(OSError, AttributeError):  # it has gone; a system without such signals
+            os.kill(pid, signal.SIGUSR1)
+    time.sleep(1.0)
 
 
 def _batch_or_error(batch: Batch | BadImage) -> Batch:
@@ -170,7 +269,7 @@ def _batch_or_error(batch: Batch | BadImage) -> Batch:
     return batch
 
 
-def _kill(pids: list[int | None]) -> None:
+def _kill(pids: list[int]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed worker for an accident
     for child in multiprocessing.active_children():
         if child.pid in pids:
@@ -185,3 +284,5 @@ def _deaf(_worker: int) -> None:
     """Workers leave signals to the parent, which saves a checkpoint first and then ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(faulthandler, "register"):  # not on Windows
+        faulthandler.register(signal.SIGUSR1, file=2)  # standard error

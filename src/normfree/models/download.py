@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from normfree.config import UserError, suggestion
-from normfree.files import sync_folder
+from normfree.files import cache_folder, sync_folder
 
 _AUTHORS = "https://storage.googleapis.com/dm-nfnets"
 _TIMEOUT = 30  # seconds without a byte
@@ -65,13 +65,6 @@ def find_weights(name: str, wanted: bool | str | Path) -> Path:
         return download(f"{_AUTHORS}/{known.authors[0]}", md5=known.authors[1])
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     return download(f"{endpoint}/{known.hub}/resolve/main/model.safetensors", known.hub.replace("/", "--"))
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: $NORMFREE_CACHE, or normfree/ in $XDG_CACHE_HOME or ~/.cache."""
-    if own := os.environ.get("NORMFREE_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "normfree"
 
 
 def download(url: str, name: str | None = None, md5: str | None = None) -> Path:

@@ -44,16 +44,18 @@ def probabilities(logits: Tensor, kind: str = "softmax") -> Tensor:
 
 
 def balanced_weights(labels: Tensor, classes: int) -> Tensor:
-    """Weights by which every class counts alike, 1 on average over the samples: (N,) -> (classes,).
+    """Weights by which every class counts alike, 1 on average over the labels: (N,) or (N, classes) -> (classes,).
 
     A class without samples has weight 1.
     """
-    counts = torch.bincount(labels, minlength=classes).float()
-    weights = len(labels) / (int((counts > 0).sum()) * counts.clamp_min(1.0))
+    counts = (labels.sum(0) if labels.ndim == 2 else torch.bincount(labels, minlength=classes)).float()
+    weights = counts.sum() / (int((counts > 0).sum()) * counts.clamp_min(1.0))
     return torch.where(counts > 0, weights, torch.ones_like(weights))
 
 
 def hits(logits: Tensor, targets: Tensor) -> Tensor:
-    """How many predictions are the class of the target, or of its greatest share; a scalar."""
-    truth = targets if targets.ndim == 1 else targets.argmax(1)
-    return (logits.argmax(1) == truth).sum()
+    """How many predictions are the class of the target, of its greatest share, or one of its labels; a scalar."""
+    predicted = logits.argmax(1)
+    if targets.ndim == 1:
+        return (predicted == targets).sum()
+    return (targets.gather(1, predicted[:, None])[:, 0] == targets.amax(1).clamp_min(1e-9)).sum()

@@ -39,17 +39,18 @@ def param_groups(
         empty groups left out; parameters of one group share all of the latter.
 
     Raises:
-        ValueError: `classifier` names no linear layer, or a pattern matches nothing.
+        ValueError: `classifier` names no linear layer, a pattern matches nothing, or a lambda is not positive.
     """
-    exempt = f"{_classifier(model, classifier)}.weight"
+    head = _classifier(model, classifier)
     named = dict(model.named_parameters())
     lambdas = _overridden(named, overrides or {})
     groups: dict[tuple[bool, float, int, int], dict[str, Any]] = {}
     for name, parameter in named.items():
-        weight = name == exempt or _is_weight(model, name, parameter)
+        weight = _is_weight(model, name, parameter)
+        exempt = weight and head is not None and name.startswith(f"{head}.")  # whatever parametrizes it
         settings: dict[str, Any] = {
             "weight_decay": weight_decay if weight else 0.0,
-            "clipping": lambdas.get(name, None if name == exempt else clipping),
+            "clipping": check_clipping(lambdas.get(name, None if exempt else clipping)),
             **_units(model, name),
         }
         order = (weight, settings["clipping"] or 0.0, settings["unit_dim"], settings["unit_groups"])
@@ -57,6 +58,13 @@ def param_groups(
         group["params"].append(parameter)
         group["names"].append(name)
     return [group for _, group in sorted(groups.items())]
+
+
+def check_clipping(clipping: float | None) -> float | None:
+    """A lambda as it is. Raises ValueError where it is not positive: None is what exempts."""
+    if clipping is not None and not clipping > 0:
+        raise ValueError(f"clipping must be positive, or None to exempt, not {clipping}")
+    return clipping
 
 
 def _overridden(names: Mapping[str, Any], overrides: Mapping[str, float | None]) -> dict[str, float | None]:
@@ -72,12 +80,17 @@ def _overridden(names: Mapping[str, Any], overrides: Mapping[str, float | None])
 def _classifier(model: nn.Module, name: str | None) -> str | None:
     modules = dict(model.named_modules())
     if name is not None:
-        if not isinstance(modules.get(name), nn.Linear):
+        if not _is_linear(modules.get(name)):
             raise ValueError(f"the model has no linear layer named {name!r}")
         return name
-    linear = [n.split(".") for n, m in modules.items() if isinstance(m, nn.Linear)]
+    linear = [n.split(".") for n, m in modules.items() if _is_linear(m)]
     found = [parts for parts in linear if parts[0] in _CLASSIFIERS or parts[-1] in _CLASSIFIERS]
     return ".".join(found[-1]) if found else None
+
+
+def _is_linear(module: nn.Module | None) -> bool:
+    """A linear layer, or a convolution of single pixels, which is one."""
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and set(module.kernel_size) == {1})
 
 
 def _is_weight(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:

@@ -88,10 +88,12 @@ class SAM:
         step = self.rho / torch.linalg.vector_norm(norms).clamp_min(1e-12)
         self._saved = [(p, p.clone()) for p in moved]
         torch._foreach_add_(moved, torch._foreach_mul(gradients, step))
+        torch.clear_autocast_cache()  # it holds weights as they were
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put the weights back to what they were, bit for bit: by their copies, not by subtracting."""
         if self._saved:
             torch._foreach_copy_([p for p, _ in self._saved], [copy for _, copy in self._saved])
+            torch.clear_autocast_cache()
         self._saved = []

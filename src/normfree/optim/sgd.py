@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from normfree.optim.agc import Clipping, group_factors, with_gradients
+from normfree.optim.groups import check_clipping
 
 
 class AGCSGD(torch.optim.Optimizer):
@@ -47,6 +48,7 @@ class AGCSGD(torch.optim.Optimizer):
                 f"out of range: lr={lr}, momentum={momentum}, weight_decay={weight_decay}, "
                 f"clipping={clipping}, eps={eps}"
             )
+        self._found: list[tuple[dict[str, Any], list[int], Clipping]] = []  # of the last step, by group
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -57,8 +59,17 @@ class AGCSGD(torch.optim.Optimizer):
             "unit_dim": 0,
             "unit_groups": 1,
         }
-        self._found: list[tuple[dict[str, Any], list[int], Clipping]] = []  # of the last step, by group
         super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or one from a pickle, has found nothing yet."""
+        super().__setstate__(state)
+        self._found = []
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's. Raises ValueError where the group's "clipping" is not positive; None exempts."""
+        check_clipping(param_group.get("clipping"))
+        super().add_param_group(param_group)
 
     def clipped_units(self) -> tuple[Tensor, int]:
         """(clipped, all) units of the last step; the first on the device: reading it as a number waits for it."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from normfree.config import OptimConfig, TrainConfig
 from normfree.models import Network, NetworkConfig
 from normfree.models.count import parameters
 
@@ -55,10 +57,27 @@ def workers(device: str) -> tuple[int, str]:
     return min(16, max(1, (os.cpu_count() or 2) - 1)), "one a core"
 
 
-def micro_batch(config: NetworkConfig, size: int, batch: int, device: str) -> tuple[int | None, str]:
+@dataclass(frozen=True)
+class Costs:
+    """What the memory of a training step depends on, beside the network and its images."""
+
+    remat: str = "none"  # as train.remat
+    precision: str = "fp32"  # of the maps
+    copies: int = 4  # of the weights: themselves, gradients, momentum and average
+
+    @classmethod
+    def of(cls, train: TrainConfig, optim: OptimConfig) -> Costs:
+        """SAM keeps the weights and puts gradients aside; Adam has a second moment."""
+        copies = 4 + 2 * (optim.sam_rho > 0) + (optim.kind == "adamw")
+        return cls(train.remat, train.precision, copies)
+
+
+def micro_batch(
+    config: NetworkConfig, size: int, batch: int, device: str, costs: Costs | None = None
+) -> tuple[int | None, str]:
     """Images at once that fit into half of the free memory; None where the whole batch does."""
     memory, n = free_memory(device), batch
-    while n > 1 and step_memory(config, size, n) > memory // 2:
+    while n > 1 and step_memory(config, size, n, costs) > memory // 2:
         n = -(-n // 2)
     whole = n == batch
     return (None if whole else n), "" if whole else f"what fits into half of the free memory, {memory / 2**30:.1f} GiB"
@@ -91,26 +110,29 @@ def _read_number(path: str, pattern: str) -> int:
     return int(found.group(1)) if found else 0
 
 
-def step_memory(config: NetworkConfig, size: int, batch_size: int) -> int:
-    """Bytes of a training step in float32: weights, gradients, momentum, average, and what backward keeps.
+def step_memory(config: NetworkConfig, size: int, batch_size: int, costs: Costs | None = None) -> int:
+    """Bytes of a training step: copies of the weights in float32, and what backward keeps.
 
-    Counted on the meta device. A quarter of the maps is added for work space.
+    Counted on the meta device. A quarter of the maps is added for work space; maps of 16 bits count half.
     """
-    image, fixed = _memory_terms(config, size)
-    return image * batch_size * 5 // 4 + fixed
+    costs = Costs() if costs is None else costs
+    image, beside = _memory_terms(config, size, costs.remat)
+    maps = (image * batch_size + beside) * 5 // 4
+    return maps // (1 if costs.precision == "fp32" else 2) + costs.copies * 4 * parameters(config)
 
 
 @lru_cache(maxsize=32)
-def _memory_terms(config: NetworkConfig, size: int) -> tuple[int, int]:
+def _memory_terms(config: NetworkConfig, size: int, remat: str) -> tuple[int, int]:
     """(bytes kept for each image, bytes beside)."""
-    two, three = (_kept(config, size, n) for n in (2, 3))  # batch norm takes no single image
-    return three - two, 3 * two - 2 * three + 4 * 4 * parameters(config)
+    two, three = (_kept(config, size, n, remat) for n in (2, 3))  # batch norm takes no single image
+    return three - two, 3 * two - 2 * three
 
 
-def _kept(config: NetworkConfig, size: int, n: int) -> int:
+def _kept(config: NetworkConfig, size: int, n: int, remat: str) -> int:
     """Bytes that autograd keeps for backward after a forward pass of n images, beside the weights."""
     with torch.device("meta"):
         model, images = Network(config), torch.empty(n, config.in_chans, size, size)
+    model.remat = remat
     seen: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:

@@ -32,6 +32,8 @@ def digits(given: Given, _images: Source) -> Run:
         mean=(0.1307, 0.1307, 0.1307),
         std=(0.3081, 0.3081, 0.3081),
     )
-    optim = OptimConfig(lr=lr, clipping=0.04, warmup=2.0, weight_decay=3e-3)
-    train = TrainConfig(epochs=24.0, batch_size=batch, device=device)
+    epochs = given.choose("train.epochs", 24.0)
+    warmup = given.choose("optim.warmup", min(2.0, epochs / 2))
+    optim = OptimConfig(lr=lr, clipping=0.04, warmup=warmup, weight_decay=3e-3)
+    train = TrainConfig(epochs=epochs, batch_size=batch, device=device)
     return given.apply(Run("digits", ModelConfig("nfnet_tiny", drop_rate=0.3, skip_init=1.0), data, optim, train))

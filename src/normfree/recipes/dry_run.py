@@ -41,11 +41,13 @@ def plan(run: Run, images: int, classes: int) -> Iterator[str]:
     yield f"schedule    up for {warmup:,.2f} steps, then a cosine; " + ", ".join(
         f"{schedule(s):.4g} at {s:,}" for s in sorted({0, round(warmup), steps // 2, steps - 1})
     )
-    sam = f"SAM {o.sam_rho:g} on every {o.sam_every}. image in {o.sam_shards} shards" if o.sam_rho else "no SAM"
-    yield f"optimizer   {o.kind}, lambda {o.clipping:g}, decay {o.weight_decay:g}, average {o.ema_decay:g}, {sam}"
+    sam = f"SAM {o.sam_rho:g} on every {o.sam_every}. image in {shards} shards" if o.sam_rho else "no SAM"
+    clipping = {"agc": "lambda", "adamw": "lambda", "norm": "norm"}.get(o.kind)
+    clipped = f"{clipping} {o.clipping:g}, " if clipping else ""
+    yield f"optimizer   {o.kind}, {clipped}decay {o.weight_decay:g}, average {o.ema_decay:g}, {sam}"
     yield f"batch       {micro} images at once, {shards * -(-shard // micro)} times; {t.precision}, remat {t.remat}"
-    memory = choose.step_memory(config, d.size, micro)
-    yield f"memory      about {memory / 2**30:.1f} GiB a step in float32, without Python, torch and the loader"
+    memory = choose.step_memory(config, d.size, micro, choose.Costs.of(t, o))
+    yield f"memory      about {memory / 2**30:.1f} GiB a step, without Python, torch and the loader"
     work = 3 * multiply_adds(config, d.size) * steps * t.batch_size * (1 + (1 / o.sam_every if o.sam_rho else 0))
     yield f"work        {work:.2g} multiply-adds, forward and backward"
 

@@ -13,7 +13,7 @@ import torch
 from normfree.config import DataConfig, Given, ModelConfig, OptimConfig, Run, TrainConfig, UserError, from_dict
 from normfree.data.crop import Preprocessing
 from normfree.data.decode import BadImage, image_size
-from normfree.data.sources import FolderSource, Source
+from normfree.data.sources import Source, several_labels
 from normfree.evaluate import published_preprocessing
 from normfree.models import MODELS, NetworkConfig, model_config, parse_options, with_options
 from normfree.models.count import multiply_adds
@@ -61,6 +61,8 @@ def folder(given: Given, images: Source) -> Run:
     else:
         lr = given.choose("optim.lr", 0.1 * batch / 256, f"0.1 x {batch} / 256 (A.1 of the paper)")
         optim = _optim(given, config, lr, Length(epochs, facts.images / batch))
+    if several_labels(images):
+        optim = replace(optim, loss=given.choose("optim.loss", "sigmoid", "an image may have several labels"))
     short = epochs * facts.images / batch < _LONG and config.norm == "none"
     wakes = "a short run: the residual branches work at once" if short and start is None else ""
     skip_init = given.choose("model.skip_init", 1.0 if short else None, wakes)
@@ -136,8 +138,8 @@ def look(source: Source) -> Facts:
     sizes = []
     for i in np.linspace(0, len(source) - 1, min(_SAMPLE, len(source))).astype(int).tolist():
         try:
-            assert isinstance(source, FolderSource)
-            sizes.append(image_size(source.read_bytes(i)))
+            content = source.content(i)
+            sizes.append(image_size(content) if isinstance(content, bytes) else content.shape[1::-1])
         except BadImage:
             continue  # counted and named when it is met in training
     if not sizes:

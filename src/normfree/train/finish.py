@@ -9,13 +9,12 @@ import torch
 from normfree.config import flat, from_dict, printable
 from normfree.data.crop import Preprocessing
 from normfree.data.decode import EXTENSIONS
-from normfree.data.loader import train_batches
-from normfree.data.sources import FolderSource
 from normfree.evaluate import infer, score
 from normfree.files import write_atomic, write_json
 from normfree.models.weights import load_model
 from normfree.report import Findings, write_report
 from normfree.runlog import duration, percent
+from normfree.train.build import first_images
 from normfree.train.loop import Job, State
 
 
@@ -54,7 +53,7 @@ def finish(job: Job, state: State) -> dict[str, Any]:
         metrics=job.folder.read_metrics(),
         outputs=outputs,
         val=job.val,
-        batch=next(train_batches(job.train, job.crop, t.seed, min(32, t.batch_size), range(1))),
+        training=first_images(job.run, job.train, 32),
         preprocessing=preprocessing,
         bad=bad,
     )
@@ -63,9 +62,9 @@ def finish(job: Job, state: State) -> dict[str, Any]:
 
 
 def _ignored(job: Job) -> dict[str, str]:
-    """Files in the class folders whose names are not those of images."""
-    folders = [s for s in (job.train, job.val) if isinstance(s, FolderSource)]
-    return {name: f"not an image by its name ({', '.join(EXTENSIONS)})" for s in folders for name in s.ignored}
+    """Files that lie among the images and are not used."""
+    reason = f"not an image by its name ({', '.join(EXTENSIONS)}), or without a label"
+    return {name: reason for source in (job.train, job.val) for name in source.ignored}
 
 
 def _facts(summary: dict[str, Any], device: str) -> list[tuple[str, str]]:

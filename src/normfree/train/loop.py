@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from normfree.config import Run, UserError, check_ranges, flat, settings_hash
-from normfree.data.crop import Preprocessing, TrainCrop
-from normfree.data.loader import Batch, train_batches
-from normfree.data.sources import FolderSource, Source, fingerprint
+from normfree.data.crop import TrainCrop
+from normfree.data.loader import Batch, Loading, on_device, train_batches
+from normfree.data.sources import ArraySource, Source, fingerprint, several_labels
 from normfree.evaluate import Interrupted, Scores, infer, score
 from normfree.files import write_json
 from normfree.models import Network, model_config, parse_options, with_options
@@ -22,7 +22,7 @@ from normfree.models.download import find_weights
 from normfree.models.weights import describe, save_weights
 from normfree.nn.loss import balanced_weights
 from normfree.runlog import ProgressLine, Screen, duration, percent
-from normfree.train.build import build_learner, unclipped_names
+from normfree.train.build import build_learner, eval_preprocessing, lambdas_by_name, train_crop, unclipped_names
 from normfree.train.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from normfree.train.length import run_length
 from normfree.train.record import RunFolder
@@ -79,22 +79,32 @@ class Job:
     screen: Screen
 
 
-def check_run(run: Run, images: int) -> None:
-    """Settings that are each in range can still not go together, or not with this number of training images.
+def check_run(run: Run, train: Source) -> None:
+    """Settings that are each in range can still not go together, or not with these training images.
 
     Raises:
         UserError: says which.
     """
     check_ranges(flat(run))
+    d, o = run.data, run.optim
     with torch.device("meta"):  # options that do not go together are found when the network is made
         model = Network(with_options(model_config(run.model.name), parse_options(run.model.options)))
-    unclipped_names(model, run.optim.unclipped)
+    unclipped_names(model, o.unclipped)
+    lambdas_by_name(model, o.lambdas)
     if run.train.remat != "none" and model.config.norm == "batch":
         raise UserError("train.remat would move the running statistics of batch norm twice a step; leave it at none")
     eval_preprocessing(run)
     train_crop(run)
-    if run.train.batch_size > images:
-        raise UserError(f"train.batch_size {run.train.batch_size} is more than the {images} training images")
+    if run.train.batch_size > len(train):
+        raise UserError(f"train.batch_size {run.train.batch_size} is more than the {len(train)} training images")
+    if several_labels(train) and o.loss != "sigmoid":
+        raise UserError("images with several labels need --optim.loss sigmoid")
+    if o.class_weights == "balanced" and o.loss == "sigmoid":
+        raise UserError("optim.class_weights balanced goes with the softmax loss: it would weigh what is no class too")
+    if o.warmup >= run.train.epochs and o.warmup > 0:
+        raise UserError(f"optim.warmup {o.warmup:g} leaves none of {run.train.epochs:g} epochs to train in; lower it")
+    if o.sam_rho and o.sam_every % 2 == 0 and d.mixup and d.cutmix:
+        raise UserError("optim.sam_every must be odd, so that the ascent sees MixUp (even slots) and CutMix (odd ones)")
 
 
 def prepare(run: Run, folder: RunFolder, train: Source, val: Source, screen: Screen) -> Job:
@@ -107,20 +117,6 @@ def prepare(run: Run, folder: RunFolder, train: Source, val: Source, screen: Scr
     return Job(run, folder, train, val, train_crop(run), learner, length.total, length.evaluate_at(), screen)
 
 
-def eval_preprocessing(run: Run) -> Preprocessing:
-    """What evaluation does to an image, and what is stored with the weights."""
-    d = run.data
-    return Preprocessing(d.test_size, d.eval_crop, d.margin, d.mean, d.std, d.antialias)
-
-
-def train_crop(run: Run) -> TrainCrop:
-    """What training does to an image."""
-    d = run.data
-    margin = round(d.margin * d.size / d.test_size)
-    still = Preprocessing(d.size, d.eval_crop, margin, d.mean, d.std)
-    return TrainCrop(d.train_crop, d.size, d.min_area, d.shift, d.zoom, d.rotate, d.flip, still)
-
-
 def fit(job: Job, state: State) -> State:
     """Train from a state to the end of the run.
 
@@ -131,6 +127,7 @@ def fit(job: Job, state: State) -> State:
     began = time.monotonic() - state.seconds
     sums = torch.tensor(state.sums, dtype=torch.float64, device=job.run.train.device)
     batches = _batches(job, state.taken)
+    waited = 0.0  # for batches, since the last line
     with StopRequest() as stop, job.screen.progress(job.total, state.step) as line:
         while True:
             evaluated = state.step in job.evaluate_at and state.evaluated != state.step
@@ -144,7 +141,9 @@ def fit(job: Job, state: State) -> State:
                 raise Stopped(stop.exit_code)
             if state.step == job.total:
                 return state
+            waiting = time.monotonic()
             batch = next(batches, None)
+            waited += time.monotonic() - waiting
             if batch is None:  # float16 left out as many steps as were due
                 raise Diverged(_diagnosis(job, state))
             outcome = _step(job, batch, state)
@@ -153,13 +152,13 @@ def fit(job: Job, state: State) -> State:
             if not outcome.applied:
                 continue
             sums += outcome.sums
-            state.step, state.images = state.step + 1, state.images + len(batch.labels)
+            state.step, state.images = state.step + 1, state.images + job.run.train.batch_size
             line.advance(state.step)
             if state.step % job.run.train.log_every == 0 or state.step in job.evaluate_at:
                 state.seconds = time.monotonic() - began
-                _log(job, state, sums.tolist(), line)
+                _log(job, state, sums.tolist(), waited, line)
                 sums.zero_()
-                state.images, state.line_seconds = 0, state.seconds
+                state.images, state.line_seconds, waited = 0, state.seconds, 0.0
 
 
 def _step(job: Job, batch: Batch, state: State) -> Outcome:
@@ -172,16 +171,19 @@ def _step(job: Job, batch: Batch, state: State) -> Outcome:
 
 
 def _batches(job: Job, start: int) -> Iterator[Batch]:
-    t = job.run.train
+    d, t = job.run.data, job.run.train
     # float16 may leave steps out, which are made up for with further batches
-    steps, pin = range(start, 2 * job.total if t.precision == "fp16" else job.total), t.device.startswith("cuda")
-    return train_batches(job.train, job.crop, t.seed, t.batch_size, steps, job.run.data.workers, pin)
+    steps = range(start, 2 * job.total if t.precision == "fp16" else job.total)
+    loading = Loading(d.workers, t.device.startswith("cuda"), d.timeout)
+    batches = train_batches(job.train, job.crop, t.seed, t.batch_size * job.learner.augment.reads, steps, loading)
+    return on_device(batches, torch.device(t.device))
 
 
-def _log(job: Job, state: State, sums: list[float], line: ProgressLine) -> None:
+def _log(job: Job, state: State, sums: list[float], waited: float, line: ProgressLine) -> None:
     loss, hits, clipped, units = sums
     if not math.isfinite(loss):
         raise Diverged(_diagnosis(job, state))
+    seconds = state.seconds - state.line_seconds
     numbers: dict[str, Any] = {
         "kind": "train",
         "step": state.step,
@@ -190,25 +192,26 @@ def _log(job: Job, state: State, sums: list[float], line: ProgressLine) -> None:
         "top1": hits / state.images,
         "lr": job.learner.schedule(state.step - 1),
         "clip_share": clipped / units if units else 0.0,
-        "images_per_second": state.images / max(state.seconds - state.line_seconds, 1e-9),
+        "images_per_second": state.images / max(seconds, 1e-9),
+        "wait_share": min(1.0, waited / max(seconds, 1e-9)),  # of the time, for the loader
         "seconds": state.seconds,
     }
     job.folder.append_metrics(numbers)
     line.update(
         state.step,
         f"loss {numbers['loss']:.3f} top-1 {100 * numbers['top1']:.1f}% lr {numbers['lr']:.3g} "
-        f"clip {100 * numbers['clip_share']:.1f}% {numbers['images_per_second']:.0f} img/s",
+        f"clip {100 * numbers['clip_share']:.1f}% {numbers['images_per_second']:.0f} img/s "
+        f"wait {100 * numbers['wait_share']:.0f}%",
     )
 
 
 def _diagnosis(job: Job, state: State) -> str:
     o = job.run.optim
     gone = [n for n, p in job.learner.model.named_parameters() if not torch.isfinite(p).all()]
+    clipping = f" or --optim.clipping (now {o.clipping:g})" if o.kind in ("agc", "adamw", "norm") else ""
     where = f"; the first weights that are not finite: {gone[0]}" if gone else ""
-    return (
-        f"the loss is not finite by step {state.step}{where}. Lower --optim.lr (now {o.lr:g}) or --optim.clipping "
-        f"(now {o.clipping:g}) and start a new run"
-    )
+    lower = f"--optim.lr (now {o.lr:g}){clipping}"
+    return f"the loss is not finite by step {state.step}{where}. Lower {lower} and start a new run"
 
 
 def _evaluate(job: Job, state: State, should_stop: Callable[[], bool]) -> None:
@@ -322,10 +325,10 @@ def resume(job: Job) -> State:
     return state
 
 
-def held_out(folder: RunFolder, train: Source, val: Source) -> None:
-    """Write down which files are held out, where the split was made here, so that every command agrees on it."""
-    if isinstance(val, FolderSource) and isinstance(train, FolderSource) and val.root == train.root:
-        write_json(folder.validation, list(val.names))
+def held_out(folder: RunFolder, val: Source) -> None:
+    """Write down which images are held out, where the split was made here, so that every command agrees on it."""
+    if val.held_out and not isinstance(val, ArraySource):
+        write_json(folder.validation, [val.name(i) for i in range(len(val))])
 
 
 def weights_path(folder: RunFolder) -> Path:

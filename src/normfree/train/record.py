@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from normfree.config import MOVABLE, Run, UserError, check_ranges, flat, from_dict, to_dict
-from normfree.data.sources import FolderSource, Names, Source, open_data, open_validation, training_folder
+from normfree.data.sources import Source, open_data, open_held_out, open_validation
 from normfree.files import write_atomic, write_json
 from normfree.train.checkpoint import has_checkpoint
 
@@ -126,11 +124,11 @@ def validation_source(folder: RunFolder, run: Run, classes: tuple[str, ...]) -> 
         return open_validation(run.data.root, classes)
     try:
         names = [str(name) for name in json.loads(folder.validation.read_bytes())]
-        labels = [classes.index(Path(name).parts[0]) for name in names]
+        return open_held_out(run.data.root, names, classes)
     except (ValueError, TypeError, IndexError) as e:
+        if isinstance(e, UserError):
+            raise
         raise UserError(f"{folder.validation} is broken: {e}") from e
-    root = training_folder(Path(run.data.root))
-    return FolderSource(root, Names(names), np.array(labels, np.int64), classes)
 
 
 def free_folder(parent: Path, name: str) -> Path:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from normfree import random
 from normfree.config import Run, is_out_of_memory
+from normfree.data.augment import Augment
 from normfree.data.crop import Preprocessing
 from normfree.data.loader import Batch
 from normfree.models import Network
@@ -50,6 +51,7 @@ class Learner:
     schedule: WarmupCosine
     preprocessing: Preprocessing  # its mean and std serve training too
     run: Run
+    augment: Augment = field(default_factory=Augment)
     class_weights: Tensor | None = None
     head_steps: float = 0.0  # at the start, in which the classifier alone moves
     micro_batch: int | None = None  # images at once; falls when memory runs out
@@ -63,12 +65,14 @@ class Learner:
 
         Args:
             batch: what the loader delivers.
-            taken: batches before this one, which key the random masks.
+            taken: batches before this one, which key the augmentation and the random masks.
             applied: steps before this one that changed the weights, which give the learning rate.
         """
         device = self.model.fc.weight.device
         images = batch.images.to(device, non_blocking=True)
-        targets = batch.labels.to(device, non_blocking=True)
+        labels = batch.labels.to(device, non_blocking=True)
+        classes = self.model.config.num_classes
+        images, targets = self.augment(images, labels, classes, self.run.train.seed, taken)
         head_only = applied < self.head_steps
         if self.head_steps > 0:
             for name, p in self.model.named_parameters():
@@ -87,7 +91,8 @@ class Learner:
 
     def _fitting_gradients(self, work: _Work, buffers: _Buffers) -> Tensor:
         """`_gradients`, of half as many images at once, from now on, as long as memory runs out."""
-        images = len(work.targets)
+        n = len(work.targets)
+        images = -(-n // min(self.run.optim.sam_shards, n)) if self.sam is not None else n  # in one pass, at most
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             try:
