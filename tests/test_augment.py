@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from normfree.config import Given, Run, UserError, check_given
+from normfree.data import augment as augment_module
 from normfree.data.augment import Augment
 from normfree.data.autoaugment import AutoAugment
 from normfree.data.mix import MixUpCutMix
@@ -164,3 +165,17 @@ def test_the_papers_runs_are_augmented_as_the_paper_says(monkeypatch: pytest.Mon
             assert found == (0.0, False, "disjoint", 0), name
         assert not d.antialias
         assert (d.train_crop, d.min_area, d.flip) == ("box", 0.08, True)
+
+
+@pytest.mark.parametrize("pairs", ["disjoint", "batch"])
+def test_large_batches_are_augmented_in_parts(
+    pairs: Literal["disjoint", "batch"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which changes nothing."""
+    augment = replace(BOTH, mix=MixUpCutMix(pairs=pairs))
+    images, labels = images_of(22 * augment.reads), labels_of(22 * augment.reads)
+    whole = augment(images, labels, CLASSES, SEED, STEP)
+    monkeypatch.setattr(augment_module, "_AT_ONCE", 4)
+    parts = augment(images, labels, CLASSES, SEED, STEP)
+    assert torch.equal(parts[0], whole[0])
+    assert torch.equal(parts[1], whole[1])

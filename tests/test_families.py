@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from authors import images, load
-from normfree.models import Network, NetworkConfig
+from normfree.models import Network, NetworkConfig, create_model
+from normfree.models import block as block_module
 from normfree.models.block import Block
 from normfree.models.exchange import from_haiku, from_timm, haiku_name, take_constants, timm_name, to_haiku, to_timm
 from normfree.models.families import MODELS, regnet_config
@@ -238,3 +239,25 @@ def test_a_folded_twin_has_the_logits_of_the_authors(size: str) -> None:
     left = [n for n, m in folded.named_modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert left == [f"blocks.{i}.norm0" for i in range(6)] + ["final_norm"]
     assert torch.equal(fold(folded)(x), folded(x))
+
+
+def test_samples_that_skip_a_block_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, one by one: the survivors alone go through, outputs and gradients are those of the mask in the gate."""
+    model = create_model("nfnet_tiny", 3, skip_init=0.7, stochastic_depth=0.5).train()
+    block: Any = model.blocks[1]
+    x = torch.randn(5, block.conv0.in_channels, 6, 6)
+    seen: list[int] = []
+    block.conv1.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    for keep in (torch.tensor([1.0, 0, 0, 1, 0]), torch.zeros(5), torch.ones(5)):
+        results = []
+        for whole in (False, True):
+            monkeypatch.setattr(block_module, "is_eager_on_cpu", lambda _, whole=whole: not whole)
+            block.zero_grad()
+            out = block(x, keep)
+            out.square().sum().backward()
+            results.append((out, [p.grad.clone() for p in block.parameters() if p.grad is not None]))
+        assert seen[-2:] == [int(keep.sum()), 5]
+        (skipped, some), (masked, all_of) = results
+        assert len(some) == len(all_of) == len(list(block.parameters()))
+        torch.testing.assert_close(skipped, masked)
+        torch.testing.assert_close(some, all_of, rtol=1e-4, atol=1e-5)

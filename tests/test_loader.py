@@ -26,7 +26,7 @@ from PIL import Image
 
 from normfree.data.crop import DRAWS, Preprocessing, TrainCrop
 from normfree.data.decode import BadImage
-from normfree.data.loader import Batch, LoaderStalled, Loading, eval_batches, on_device, train_batches
+from normfree.data.loader import Batch, LoaderStalled, Loading, eval_batches, train_batches
 from normfree.data.order import samples_at
 from normfree.data.sources import ArraySource, FolderSource, Source, open_folder
 from normfree.random import Purpose, uniform
@@ -130,6 +130,20 @@ def test_ranks_load_the_parts_of_the_same_batches(damaged: FolderSource, workers
             assert torch.equal(batch.labels, whole[step].labels[slots.start : slots.stop])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_large_batches_are_shared_out(source: FolderSource, workers: int) -> None:
+    """A batch of several pieces is what one process makes of its positions, and its parts that of ranks."""
+    whole = list(train_batches(source, CROP, 3, 300, range(2), Loading(workers)))
+    by_image = list(train_batches(source, CROP, 3, 1, range(600)))
+    assert len(whole) == 2
+    for step, batch in enumerate(whole):
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(batch.images, torch.cat([b.images for b in by_image[300 * step : 300 * step + 300]]))
+        assert torch.equal(batch.labels, torch.cat([b.labels for b in by_image[300 * step : 300 * step + 300]]))
+    part = next(train_batches(source, CROP, 3, 300, range(1), Loading(workers), range(100, 300)))
+    assert torch.equal(part.images, whole[0].images[100:])
+
+
 def test_processes_that_are_spawned_deliver_the_same(source: FolderSource) -> None:
     """Where there is no fork, sources and crops travel to the processes."""
     spawned = train_batches(source, CROP, 3, BATCH, range(2), Loading(1, start="spawn"))
@@ -178,8 +192,8 @@ def test_batches_arrive_on_a_cuda_device(source: FolderSource, workers: int) -> 
     device = torch.device("cuda")
     busy = torch.randn(4096, 4096, device=device)
     expected = batches_of(source)
-    stream = train_batches(source, CROP, 3, BATCH, range(STEPS), Loading(workers, pin=True))
-    for found, here in zip(on_device(stream, device), expected, strict=True):
+    stream = train_batches(source, CROP, 3, BATCH, range(STEPS), Loading(workers, pin=True), device=device)
+    for found, here in zip(stream, expected, strict=True):
         busy = busy @ busy / 4096
         assert found.images.device.type == found.labels.device.type == "cuda"
         assert torch.equal(found.images.cpu(), here.images)

@@ -464,3 +464,12 @@ def test_memory_follows_remat_precision_and_what_is_copied() -> None:
     half = choose.step_memory(config, 64, 32, choose.Costs(precision="bf16"))
     assert half - 4 * weights == pytest.approx((of["none"] - 4 * weights) / 2, rel=1e-6)
     assert choose.step_memory(config, 64, 32, choose.Costs(copies=7)) - of["none"] == 3 * weights
+
+
+@pytest.mark.usefixtures("roomy")
+def test_the_validation_size_follows_the_training_size() -> None:
+    """In proportion, with a margin in proportion where images are small; one that is given stays."""
+    found = paper_run("nfnet_f0_imagenet", data__size=96).data
+    assert (found.size, found.test_size, found.margin) == (96, 128, 16)
+    assert paper_run("nfnet_f0_imagenet", data__size=96, data__test_size=100).data.test_size == 100
+    assert paper_run("nfnet_f0_imagenet").data.margin == 32

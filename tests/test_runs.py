@@ -514,3 +514,45 @@ def test_every_form_of_a_set_trains_to_the_same_bits(tmp_path: Path) -> None:
     for form, tensors in found.items():
         assert tensors.keys() == reference.keys()
         assert all(torch.equal(tensors[n], reference[n]) for n in reference), form
+
+
+def test_a_root_with_train_alone_is_evaluated_again(tmp_path: Path, command: Command) -> None:
+    """What was held out of ROOT/train is found by its name."""
+    make_folder(tmp_path / "images" / "train")
+    run = train_tiny(tmp_path, tmp_path / "images", "run")
+    done = command("evaluate", run, "--json")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((run / "summary.json").read_text())
+    assert all(summary[name] == value for name, value in json.loads(done.stdout).items())
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names")
+def test_pipes_and_links_to_themselves_are_bad_images(tmp_path: Path) -> None:
+    """In training and in validation, without waiting for them."""
+    for half in ("train", "val"):
+        folder = make_folder(tmp_path / "images" / half) / "dark"
+        os.mkfifo(folder / "pipe.png")
+        (folder / "me.png").symlink_to("me.png")
+    run = train_tiny(tmp_path, tmp_path / "images", "run", "--data.bad-images", "0.2")
+    assert json.loads((run / "summary.json").read_text())["bad_images"] == 4
+    assert "not a regular file" in (run / "bad_images.txt").read_text()
+
+
+def test_one_bad_image_is_too_many_where_none_may_be(tmp_path: Path) -> None:
+    """--data.bad-images 0 stops at the first; a validation image counts against its own."""
+    for half in ("train", "val"):
+        images = make_folder(tmp_path / half / "train"), make_folder(tmp_path / half / "val", per_class=7)
+        (images[half == "val"] / "dark" / "000.jpg").write_bytes(b"")
+        settings = ["--data.bad-images", "0", *TINY, "--train.epochs", "2"]
+        done = run_command("train", "--data.root", tmp_path / half, *settings, cwd=tmp_path)
+        assert done.returncode == 1
+        counted = {"train": 20, "val": 14}[half]
+        assert f"--data.bad-images 0 of {counted}; the first is {half}/dark/000.jpg" in done.stderr
+
+
+def test_classes_whose_names_are_no_text_are_drawn(tmp_path: Path) -> None:
+    """Their bytes are escaped in pictures and on the page."""
+    images = tmp_path / "images"
+    make_folder(images, (os.fsdecode(b"caf\xe9 \xff"), "b\nc"))
+    run = train_tiny(tmp_path, images, "run")
+    assert (run / "report.html").exists()

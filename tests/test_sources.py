@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from conftest import make_folder
 from normfree.config import UserError
 from normfree.data.decode import EXTENSIONS, BadImage
 from normfree.data.sources import (
@@ -977,3 +978,18 @@ def test_twenty_thousand_files(tmp_path: Path) -> None:
     assert np.bincount(val.labels).tolist() == [10] * 20
     assert kept_bytes < 60 * 20_000  # bytes: names of 12, where they end, labels; strings would be twice that alone
     assert set(names(train)).isdisjoint(names(val))
+
+
+@pytest.mark.parametrize("packed", ["backup.tar", "old.parquet"])
+def test_folders_of_images_beside_a_packed_file_are_asked_about(tmp_path: Path, packed: str) -> None:
+    """Neither is taken in silence."""
+    make_folder(tmp_path)
+    (tmp_path / packed).write_bytes(b"")
+    with pytest.raises(UserError, match=f"both {packed} and folders of images, such as 'dark'"):
+        open_data(str(tmp_path), 0.2)
+
+
+def test_a_name_of_the_hub_must_be_given() -> None:
+    """hf: alone is none."""
+    with pytest.raises(UserError, match="hf:NAME"):
+        open_data("hf:", 0.2)

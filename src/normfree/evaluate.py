@@ -6,7 +6,7 @@ prediction, which share `infer`, always run the batch size stored with the weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -33,6 +33,16 @@ class Scores:
     loss: float
     images: int
     average_precision: float | None = None
+
+    @property
+    def value(self) -> float:
+        """What weights are chosen by: the average precision where there is one, otherwise top-1."""
+        return self.top1 if self.average_precision is None else self.average_precision
+
+    @property
+    def measure(self) -> str:
+        """What `value` is called."""
+        return "top-1" if self.average_precision is None else "average precision"
 
     def as_dict(self) -> dict[str, float | int]:
         """As evaluate --json prints it."""
@@ -77,13 +87,12 @@ class Interrupted(Exception):
     """An evaluation was asked to stop."""
 
 
-@torch.inference_mode()
 def infer(
     model: nn.Module,
     source: Source,
     preprocessing: Preprocessing,
     batch_size: int,
-    workers: int = 0,
+    loading: Loading | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     done: Callable[[int], None] = lambda _: None,
 ) -> Outputs:
@@ -92,24 +101,41 @@ def infer(
     Raises:
         Interrupted: `should_stop` returned True between two batches.
     """
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    logits, labels, indices, bad = [], [], [], []
-    loading = Loading(workers, pin=device.type == "cuda")
+    return infer_all([model], source, preprocessing, batch_size, loading, should_stop, done)[0]
+
+
+@torch.inference_mode()
+def infer_all(
+    models: Sequence[nn.Module],
+    source: Source,
+    preprocessing: Preprocessing,
+    batch_size: int,
+    loading: Loading | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    done: Callable[[int], None] = lambda _: None,
+) -> list[Outputs]:
+    """As `infer`, of several models on one device, with each image read once."""
+    device = next(models[0].parameters()).device
+    modes = [model.training for model in models]
+    logits: list[list[Tensor]] = [[] for _ in models]
+    labels, indices, bad = [], [], []
+    for model in models:
+        model.eval()
     for b, batch in enumerate(eval_batches(source, preprocessing, batch_size, loading)):
         if should_stop():
             raise Interrupted
-        out = model(preprocessing.normalize(batch.images.to(device))).cpu()
-        logits.append(out[batch.valid])
+        images = preprocessing.normalize(batch.images.to(device))
+        for model, found in zip(models, logits, strict=True):
+            found.append(model(images).cpu()[batch.valid])
         labels.append(batch.labels[batch.valid])
         indices.append(b * batch_size + torch.nonzero(batch.valid).flatten())
         bad += batch.bad
         done(b + 1)
-    model.train(was_training)
-    if not logits:
+    for model, mode in zip(models, modes, strict=True):
+        model.train(mode)
+    if not labels:
         raise UserError("there are no images to evaluate")
-    return Outputs(torch.cat(logits), torch.cat(labels), torch.cat(indices), bad)
+    return [Outputs(torch.cat(found), torch.cat(labels), torch.cat(indices), bad) for found in logits]
 
 
 def score(outputs: Outputs, loss: str = "softmax") -> Scores:

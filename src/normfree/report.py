@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from normfree.config import printable
 from normfree.data.crop import Preprocessing
 from normfree.data.sources import Source
 from normfree.evaluate import Outputs
@@ -161,7 +162,8 @@ def _counts(outputs: Outputs, classes: int) -> NDArray[np.int64]:
 
 
 def short_name(name: str, most: int) -> str:
-    """A long name without its middle, since names often differ at their ends."""
+    """A long name without its middle, since names often differ at their ends; what is no text is escaped."""
+    name = printable(name)
     return name if len(name) <= most else f"{name[: most // 2]}…{name[len(name) + 1 + most // 2 - most :]}"
 
 

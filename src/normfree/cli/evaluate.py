@@ -14,9 +14,11 @@ import tyro
 from normfree.cli.common import Trained, check_device, load_trained, parse, warn
 from normfree.config import UserError
 from normfree.data.crop import Preprocessing
+from normfree.data.loader import Loading
 from normfree.data.sources import Source, open_validation
 from normfree.evaluate import infer, score
 from normfree.recipes.choose import device
+from normfree.recipes.choose import workers as choose_workers
 from normfree.runlog import Screen, percent
 from normfree.train.record import validation_source
 
@@ -28,7 +30,7 @@ class _Data:
     eval_crop: str | None = None  # "center", "squash" or "pad"
     margin: int | None = None  # pixels cut off around
     antialias: bool | None = None  # of the resizing; the published NFNets are evaluated without
-    workers: int = 0  # loader processes; 0 loads in this one
+    workers: int | None = None  # loader processes; one a core for a CUDA device if not given, otherwise 0
 
 
 @dataclass
@@ -50,12 +52,15 @@ def run(arguments: Sequence[str]) -> int:
     trained = load_trained(args.target, args.weights)
     preprocessing = _preprocessing(trained.preprocessing, args.data)
     source = _source(trained, args.data.root)
-    model = trained.model.to(args.device or device()[0])
+    device_name = args.device or device()[0]
+    workers = choose_workers(device_name)[0] if args.data.workers is None else args.data.workers
+    model = trained.model.to(device_name)
     batch = trained.batch_size if args.batch_size is None else args.batch_size
-    if batch < 1 or args.data.workers < 0:
+    if batch < 1 or workers < 0:
         raise UserError("--batch-size must be positive, and --data.workers not negative")
     with Screen(sys.stderr).progress(math.ceil(len(source) / batch), 0) as line:
-        outputs = infer(model, source, preprocessing, batch, args.data.workers, done=line.advance)
+        loading = Loading(workers, pin=device_name.startswith("cuda"), timeout=600.0)
+        outputs = infer(model, source, preprocessing, batch, loading, done=line.advance)
     for index, reason in outputs.bad:
         warn(f"not counted: {source.name(index)}: {reason}")
     scores = score(outputs, trained.loss)
@@ -63,6 +68,8 @@ def run(arguments: Sequence[str]) -> int:
         print(json.dumps(scores.as_dict()))
     else:
         top = f"top-1 {percent(scores.top1)}  top-5 {percent(scores.top5)}"
+        if scores.average_precision is not None:
+            top = f"average precision {percent(scores.average_precision)}  {top}"
         print(f"{top}  loss {scores.loss:.4f}  {scores.images} images")
     return 0
 

@@ -11,6 +11,8 @@ from normfree.data.autoaugment import AutoAugment
 from normfree.data.mix import MixUpCutMix
 from normfree.data.randaugment import RandAugment
 
+_AT_ONCE = 256  # outputs, even: operations on a whole batch of thousands would need gigabytes beside it
+
 
 @dataclass(frozen=True)
 class Augment:
@@ -45,6 +47,13 @@ class Augment:
             slots: of the N outputs; 0 .. N - 1 if not given.
         """
         slots = range(len(images) // self.reads) if slots is None else slots
+        if len(slots) > _AT_ONCE:
+            found = []
+            for start in range(0, len(slots), _AT_ONCE):
+                part = slots[start : start + _AT_ONCE]
+                read = slice(start * self.reads, (start + len(part)) * self.reads)
+                found.append(self(images[read], labels[read], classes, seed, step, part, attempt))
+            return torch.cat([x for x, _ in found]), torch.cat([t for _, t in found])
         size = (images.shape[-2], images.shape[-1])
         if self.mix is not None:
             images, labels = self.mix(images, labels, classes, self.mix.plan(seed, step, slots, size, attempt))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import itertools
 import math
 import multiprocessing
 import os
@@ -49,6 +50,9 @@ class Loading:
     pin: bool = False
     timeout: float = 0.0
     start: str = "fork" if sys.platform == "linux" else "spawn"
+
+
+_PIECE = 128  # images that a process makes at once: a step of thousands is shared out, and little of it waits in memory
 
 
 class LoaderStalled(UserError):
@@ -148,6 +152,7 @@ def train_batches(
     steps: range,
     loading: Loading | None = None,
     slots: range | None = None,
+    device: torch.device | None = None,
 ) -> Iterator[Batch]:
     """The batches of these steps; step s has positions s * batch_size and on, of the stream of `samples_at`.
 
@@ -159,12 +164,19 @@ def train_batches(
         steps: of the run; they may begin anywhere.
         loading: how; in this process if not given.
         slots: those of each step's images that this process loads; all if not given.
+        device: where images and labels come out; the CPU if not given. A CUDA device copies from pinned memory on a
+            stream of its own, beside the computation of the step before.
     """
     loading = Loading() if loading is None else loading
-    stream, requests = _TrainStream(source, crop, seed), _Steps(steps, batch_size, slots or range(batch_size))
-    if not loading.workers:
-        return (_batch_or_error(stream.__getitems__(positions)) for positions in requests)
-    return start_loader(DataLoader(stream, batch_sampler=requests, **worker_options(loading)))
+    slots = range(batch_size) if slots is None else slots
+    stream = _TrainStream(source, crop, seed)
+    pieces = [slots[i : i + _PIECE] for i in range(0, len(slots), _PIECE)]
+    requests = _Positions(steps, batch_size, pieces)
+    if loading.workers:
+        found = start_loader(DataLoader(stream, batch_sampler=requests, **worker_options(loading)))
+    else:
+        found = (_batch_or_error(stream.__getitems__(positions)) for positions in requests)
+    return _joined(found, len(pieces), torch.device("cpu") if device is None else device)
 
 
 def eval_batches(
@@ -178,36 +190,38 @@ def eval_batches(
     return start_loader(DataLoader(batches, batch_size=None, **worker_options(loading)))
 
 
-def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """The batches with images and labels on a device.
-
-    A CUDA device copies from pinned memory on a stream of its own, beside the computation of the step before: the
-    process that trains asks for the next batch as soon as it has queued a step.
-    """
-    if device.type != "cuda":
-        yield from batches
-        return
-    copies, computation = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-    for batch in batches:
-        with torch.cuda.stream(copies):
-            images, labels = (t.to(device, non_blocking=True) for t in (batch.images, batch.labels))
-        computation.wait_stream(copies)
-        for t in (images, labels):
-            t.record_stream(computation)  # their memory is not given away while a step uses it
-        yield batch._replace(images=images, labels=labels)
+def _joined(pieces: Iterator[Batch], count: int, device: torch.device) -> Iterator[Batch]:
+    """Batches of so many pieces each, on a device."""
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    while parts := list(itertools.islice(pieces, count)):
+        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+            images = _together([p.images.permute(0, 2, 3, 1) for p in parts], device).permute(0, 3, 1, 2)
+            labels = _together([p.labels for p in parts], device)
+        if stream is not None:
+            computation = torch.cuda.current_stream(device)
+            computation.wait_stream(stream)
+            for t in (images, labels):
+                t.record_stream(computation)  # their memory is not given away while a step uses it
+        valid = torch.cat([p.valid for p in parts])
+        yield Batch(images, labels, valid, [bad for p in parts for bad in p.bad])
 
 
-class _Steps:
-    """The positions of each step, made when they are asked for."""
+def _together(parts: list[Tensor], device: torch.device) -> Tensor:
+    moved = [p.to(device, non_blocking=True) for p in parts]
+    return moved[0] if len(moved) == 1 else torch.cat(moved)
 
-    def __init__(self, steps: range, batch_size: int, slots: range) -> None:
-        self.steps, self.batch_size, self.slots = steps, batch_size, slots
+
+class _Positions:
+    """The positions of each piece of each step, made when they are asked for."""
+
+    def __init__(self, steps: range, batch_size: int, pieces: list[range]) -> None:
+        self.steps, self.batch_size, self.pieces = steps, batch_size, pieces
 
     def __iter__(self) -> Iterator[list[int]]:
-        return ([s * self.batch_size + slot for slot in self.slots] for s in self.steps)
+        return ([s * self.batch_size + slot for slot in piece] for s in self.steps for piece in self.pieces)
 
     def __len__(self) -> int:
-        return len(self.steps)
+        return len(self.steps) * len(self.pieces)
 
 
 def worker_options(loading: Loading) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from normfree.config import UserError
 from normfree.models.families import NetworkConfig
 from normfree.nn.conv import Padding, SameConv2d, WSConv2d
+from normfree.nn.eager import is_eager_on_cpu, take
 from normfree.nn.layers import SqueezeExcite, at_least_float32, avg_pool_dense, avg_pool_same
 from normfree.nn.signal import activation
 
@@ -144,9 +145,27 @@ class Block(nn.Module):
         """(N, C, H, W) -> (N, C', ceil(H / stride), ceil(W / stride)); keep (N,) is 0 for samples that skip it."""
         out = self.activate(x)
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(self._pool(out))
+        alive = None if keep is None else self._alive(keep)
+        if alive is not None:  # the others are their shortcuts; where nobody is left, parameters still get a gradient
+            found = self._joined(take(shortcut, alive), take(out, alive), None)
+            return shortcut.index_copy(0, alive, found)
+        return self._joined(shortcut, out, keep)
+
+    def _alive(self, keep: Tensor) -> Tensor | None:
+        """Places of the samples that survive, if some do not and the mask can be read without waiting for a device.
+
+        With batch norm the whole batch is needed.
+        """
+        if self.norm1 is not None or not is_eager_on_cpu(keep):
+            return None
+        alive = keep.nonzero()[:, 0]
+        return alive if len(alive) < len(keep) else None
+
+    def _joined(self, shortcut: Tensor, out: Tensor, keep: Tensor | None) -> Tensor:
+        """The shortcut and the gated branch of an activated map."""
         out, gate = self.branch(out)
         if self.skip is not None:
-            gate = self.skip(torch.ones(x.shape[0], 1, device=x.device) if gate is None else gate)
+            gate = self.skip(torch.ones(out.shape[0], 1, device=out.device) if gate is None else gate)
         if keep is not None:
             gate = keep[:, None] if gate is None else gate * keep[:, None]
         if gate is None:

@@ -138,6 +138,14 @@ def group_factors(group: Mapping[str, Any], params: list[Tensor], grads: list[Te
     return found._replace(factors=[f.to(g.dtype) for f, g in zip(found.factors, grads, strict=True)])
 
 
+def clipped_copies(grads: list[Tensor], found: Clipping) -> list[Tensor]:
+    """The gradients times their factors; on a CPU those of which no unit was clipped are not copied."""
+    if grads[0].device.type == "cpu":  # where reading the counts waits for nothing
+        counts = found.clipped.tolist()
+        return [g * f if n else g for g, f, n in zip(grads, found.factors, counts, strict=True)]
+    return list(torch._foreach_mul(grads, found.factors))
+
+
 def _as_groups(parameters: Parameters, clipping: float) -> list[dict[str, Any]]:
     if isinstance(parameters, nn.Module):
         return param_groups(parameters, clipping=clipping)

@@ -8,8 +8,9 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from torch.optim.sgd import sgd
 
-from normfree.optim.agc import Clipping, group_factors, with_gradients
+from normfree.optim.agc import Clipping, clipped_copies, group_factors, with_gradients
 from normfree.optim.groups import check_clipping
 
 
@@ -124,15 +125,53 @@ class AGCSGD(torch.optim.Optimizer):
         velocities = [self.momentum(p) for p in params]
         if group["clipping"] is not None:
             found = group_factors(group, params, grads, group["eps"])
-            grads = list(torch._foreach_mul(grads, found.factors))
+            grads = clipped_copies(grads, found)
             self._found.append((group, indices, found._replace(factors=[])))
-        if group["weight_decay"] != 0:
-            grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
-        torch._foreach_mul_(velocities, group["momentum"])
-        torch._foreach_add_(velocities, grads)
-        # nesterov looks ahead along the velocity: w -= lr g + lr momentum v, in two in-place passes
-        if group["nesterov"]:
-            torch._foreach_add_(params, grads, alpha=-group["lr"])
-            torch._foreach_add_(params, velocities, alpha=-group["lr"] * group["momentum"])
+        if _fusible(params, grads, velocities):
+            _one_pass(group, params, grads, velocities)
         else:
-            torch._foreach_add_(params, velocities, alpha=-group["lr"])
+            _pass_by_pass(group, params, grads, velocities)
+
+
+def _fusible(params: list[Tensor], grads: list[Tensor], velocities: list[Tensor]) -> bool:
+    """Whether torch's fused kernel takes these: it goes through memory as it lies, so all must lie alike."""
+    return all(
+        p.device.type in ("cpu", "cuda")
+        and p.is_floating_point()
+        and p.dtype == g.dtype == v.dtype
+        and p.stride() == g.stride() == v.stride()
+        and _is_dense(p)
+        for p, g, v in zip(params, grads, velocities, strict=True)
+    )
+
+
+def _is_dense(p: Tensor) -> bool:
+    return p.is_contiguous() or (p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last))
+
+
+def _one_pass(group: dict[str, Any], params: list[Tensor], grads: list[Tensor], velocities: list[Tensor]) -> None:
+    sgd(
+        params,
+        grads,
+        list(velocities) if group["momentum"] else [],
+        weight_decay=group["weight_decay"],
+        momentum=group["momentum"],
+        lr=group["lr"],
+        dampening=0.0,
+        nesterov=group["nesterov"],
+        maximize=False,
+        fused=True,
+    )
+
+
+def _pass_by_pass(group: dict[str, Any], params: list[Tensor], grads: list[Tensor], velocities: list[Tensor]) -> None:
+    if group["weight_decay"] != 0:
+        grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
+    torch._foreach_mul_(velocities, group["momentum"])
+    torch._foreach_add_(velocities, grads)
+    # nesterov looks ahead along the velocity: w -= lr g + lr momentum v, in two in-place passes
+    if group["nesterov"]:
+        torch._foreach_add_(params, grads, alpha=-group["lr"])
+        torch._foreach_add_(params, velocities, alpha=-group["lr"] * group["momentum"])
+    else:
+        torch._foreach_add_(params, velocities, alpha=-group["lr"])

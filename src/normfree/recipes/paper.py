@@ -35,12 +35,13 @@ def nfnet_imagenet(name: str, sam: bool = False) -> Recipe:
             sam_rho=0.05 if sam else 0.0,
             sam_shards=max(1, batch // 32),  # the paper's devices held 32 images each
         )
+        magnitude_of = "of this variant (A.3)" if c.magnitude else "ours: A.3 has none for this network"
         data = replace(
             _data(given, c.train_size, c.test_size),
             mixup=0.2,
             cutmix=True,
             randaugment=4,
-            magnitude=given.choose("data.magnitude", float(c.magnitude or 10), "of this variant (A.3)"),
+            magnitude=given.choose("data.magnitude", float(c.magnitude or 10), magnitude_of),
         )
         return _run(given, f"{name}_imagenet", c, _Parts(model, data, optim, batch, 360.0))
 
@@ -143,10 +144,14 @@ def _kind(given: Given, network: NetworkConfig) -> str:
 
 
 def _data(given: Given, size: int, test_size: int) -> DataConfig:
+    chosen = given.choose("data.size", size)
+    test, why = (test_size, "") if chosen == size else (round(test_size * chosen / size), "in proportion to data.size")
+    test = given.choose("data.test_size", test, why)
+    margin, why = (32, "") if test >= 160 else (round(test / 8), "as 32 of 256 px")
     return DataConfig(
         root=given.values["data.root"],
-        size=given.choose("data.size", size),
-        test_size=given.choose("data.test_size", test_size),
+        size=chosen,
+        test_size=test,
         train_crop="box",
         min_area=0.08,
         shift=0,
@@ -154,7 +159,7 @@ def _data(given: Given, size: int, test_size: int) -> DataConfig:
         rotate=0.0,
         flip=True,
         eval_crop="squash",
-        margin=32,
+        margin=given.choose("data.margin", margin, why),
         antialias=False,
         workers=given.choose("data.workers", *choose.workers(given.choose("train.device", *choose.device()))),
     )

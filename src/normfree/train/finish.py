@@ -9,6 +9,7 @@ import torch
 from normfree.config import flat, from_dict, printable
 from normfree.data.crop import Preprocessing
 from normfree.data.decode import EXTENSIONS
+from normfree.data.loader import Loading
 from normfree.evaluate import infer, score
 from normfree.files import write_atomic, write_json
 from normfree.models.weights import load_model
@@ -22,9 +23,11 @@ def finish(job: Job, state: State) -> dict[str, Any]:
     """Write summary.json, bad_images.txt, the pictures and report.html; returns the summary."""
     model, about = load_model(job.folder.weights)
     preprocessing = from_dict(Preprocessing, about["preprocessing"])
-    outputs = infer(model.to(job.run.train.device), job.val, preprocessing, about["eval_batch_size"])
+    d, t = job.run.data, job.run.train
+    loading = Loading(d.workers, t.device.startswith("cuda"), d.timeout)
+    outputs = infer(model.to(t.device), job.val, preprocessing, about["eval_batch_size"], loading)
     ignored = _ignored(job)
-    bad = ignored | state.bad
+    bad = ignored | state.bad | state.bad_val
     summary: dict[str, Any] = {
         **score(outputs, job.run.optim.loss).as_dict(),
         "epochs": state.step * job.run.train.batch_size / len(job.train),
@@ -35,7 +38,7 @@ def finish(job: Job, state: State) -> dict[str, Any]:
         "params": sum(p.numel() for p in model.parameters()),
         "train_images": len(job.train),
         "classes": len(job.train.classes),
-        "bad_images": len(state.bad),
+        "bad_images": len(state.bad) + len(state.bad_val),
         "ignored_files": len(ignored),
         "best": state.best_is,
         "last": state.last,
@@ -44,7 +47,6 @@ def finish(job: Job, state: State) -> dict[str, Any]:
     write_json(job.folder.summary, summary)
     lines = "".join(f"{printable(name)}\t{reason}\n" for name, reason in bad.items())
     write_atomic(job.folder.bad_images, lines.encode())
-    t = job.run.train
     why = job.folder.read_reasons()
     findings = Findings(
         title=f"{job.run.model.name} on {job.run.data.root}: {percent(summary['top1'])}",

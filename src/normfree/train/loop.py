@@ -13,9 +13,9 @@ import torch
 
 from normfree.config import Run, UserError, check_ranges, flat, settings_hash
 from normfree.data.crop import TrainCrop
-from normfree.data.loader import Batch, Loading, on_device, train_batches
+from normfree.data.loader import Batch, Loading, train_batches
 from normfree.data.sources import ArraySource, Source, fingerprint, several_labels
-from normfree.evaluate import Interrupted, Scores, infer, score
+from normfree.evaluate import Interrupted, infer_all, score
 from normfree.files import write_json
 from normfree.models import Network, model_config, parse_options, with_options
 from normfree.models.download import find_weights
@@ -52,13 +52,14 @@ class State:
     loss_scale: dict[str, float] = field(default_factory=dict)  # of float16
     clipped: dict[str, list[int]] = field(default_factory=dict)  # units clipped and looked at since the last evaluation
     evaluated: int = -1  # the step of the last evaluation
-    best: tuple[float, float] = (-1.0, 0.0)  # (top-1, -loss) of the best weights so far
+    best: tuple[float, float] = (-1.0, 0.0)  # (top-1 or average precision, -loss) of the best weights so far
     best_is: str = ""  # "raw" or "ema", and the step
     seconds: float = 0.0  # spent in the loop
     line_seconds: float = 0.0  # of them, until the last line or evaluation
     sums: list[float] = field(default_factory=lambda: [0.0] * 4)  # as Learner.step returns, since the last line
     images: int = 0  # behind the sums
-    bad: dict[str, str] = field(default_factory=dict)  # reason by name of the images that could not be read
+    bad: dict[str, str] = field(default_factory=dict)  # reason by name of training images that could not be read
+    bad_val: dict[str, str] = field(default_factory=dict)  # and of validation images
     last: dict[str, dict[str, float]] = field(default_factory=dict)  # scores of the last evaluation, raw and ema
     data: str = ""  # fingerprints of the sources, so that a resumed run sees the same samples
     settings: str = ""  # hash of the settings, so that a resumed run has the same
@@ -148,7 +149,7 @@ def fit(job: Job, state: State) -> State:
                 raise Diverged(_diagnosis(job, state))
             outcome = _step(job, batch, state)
             state.taken += 1
-            _note_bad(job, state, batch)
+            _note_bad(job, job.train, batch.bad, state.bad)
             if not outcome.applied:
                 continue
             sums += outcome.sums
@@ -175,8 +176,8 @@ def _batches(job: Job, start: int) -> Iterator[Batch]:
     # float16 may leave steps out, which are made up for with further batches
     steps = range(start, 2 * job.total if t.precision == "fp16" else job.total)
     loading = Loading(d.workers, t.device.startswith("cuda"), d.timeout)
-    batches = train_batches(job.train, job.crop, t.seed, t.batch_size * job.learner.augment.reads, steps, loading)
-    return on_device(batches, torch.device(t.device))
+    read, device = t.batch_size * job.learner.augment.reads, torch.device(t.device)
+    return train_batches(job.train, job.crop, t.seed, read, steps, loading, device=device)
 
 
 def _log(job: Job, state: State, sums: list[float], waited: float, line: ProgressLine) -> None:
@@ -216,34 +217,32 @@ def _diagnosis(job: Job, state: State) -> str:
 
 def _evaluate(job: Job, state: State, should_stop: Callable[[], bool]) -> None:
     """Score the raw and the averaged weights, keep the better ones if they are the best so far."""
-    scores: dict[str, Scores] = {}
-    for kind, model in (("raw", job.learner.model), ("ema", job.learner.ema.module)):
-        try:
-            outputs = infer(
-                model,
-                job.val,
-                job.learner.preprocessing,
-                job.run.train.eval_batch_size,
-                job.run.data.workers,
-                should_stop,
-            )
-        except Interrupted:
-            return  # still due: the loop saves, and the next process evaluates
-        scores[kind] = score(outputs, job.run.optim.loss)
-        if not math.isfinite(scores[kind].loss):
+    d, t = job.run.data, job.run.train
+    models = {"raw": job.learner.model, "ema": job.learner.ema.module}
+    loading = Loading(d.workers, t.device.startswith("cuda"), d.timeout)
+    try:
+        outputs = infer_all(
+            list(models.values()), job.val, job.learner.preprocessing, t.eval_batch_size, loading, should_stop
+        )
+    except Interrupted:
+        return  # still due: the loop saves, and the next process evaluates
+    _note_bad(job, job.val, outputs[0].bad, state.bad_val)
+    scores = {kind: score(out, job.run.optim.loss) for kind, out in zip(models, outputs, strict=True)}
+    for kind, found in scores.items():
+        if not math.isfinite(found.loss):
             raise Diverged(_diagnosis(job, state))
-        for index, reason in outputs.bad:
-            state.bad[job.val.name(index)] = reason
-        if (scores[kind].top1, -scores[kind].loss) > state.best:
-            state.best, state.best_is = (scores[kind].top1, -scores[kind].loss), f"{kind} at step {state.step}"
-            save_weights(model, job.folder.weights, _about(job, kind, state.step))
+        rank = (found.value, -found.loss)
+        if rank > state.best:
+            state.best, state.best_is = rank, f"{kind} at step {state.step}"
+            save_weights(models[kind], job.folder.weights, _about(job, kind, state.step))
     state.evaluated, state.last = state.step, {kind: s.as_dict() for kind, s in scores.items()}
-    epoch = state.step * job.run.train.batch_size / len(job.train)
+    epoch = state.step * t.batch_size / len(job.train)
     line = {"kind": "eval", "step": state.step, "epoch": epoch, "clipped": job.learner.clipped_shares()}
     job.folder.append_metrics(line | state.last)
+    raw, averaged = scores["raw"], scores["ema"]
     job.screen.say(
-        f"epoch {epoch:5.1f}  top-1 {percent(scores['raw'].top1)}, averaged {percent(scores['ema'].top1)}  "
-        f"loss {scores['raw'].loss:.3f}, {scores['ema'].loss:.3f}  {duration(state.seconds)}"
+        f"epoch {epoch:5.1f}  {raw.measure} {percent(raw.value)}, averaged {percent(averaged.value)}  "
+        f"loss {raw.loss:.3f}, {averaged.loss:.3f}  {duration(state.seconds)}"
     )
 
 
@@ -258,20 +257,19 @@ def _about(job: Job, kind: str, step: int) -> dict[str, Any]:
     }
 
 
-def _note_bad(job: Job, state: State, batch: Batch) -> None:
-    if not batch.bad:
-        return
-    for index, reason in batch.bad:
-        name = job.train.name(index)
-        if name not in state.bad:
-            state.bad[name] = reason
+def _note_bad(job: Job, source: Source, bad: list[tuple[int, str]], known: dict[str, str]) -> None:
+    """Say and keep which images could not be read; too many of a source end the run."""
+    for index, reason in bad:
+        name = source.name(index)
+        if name not in known:
+            known[name] = reason
             job.screen.say(f"skipped {name}: {reason}")
-    limit = job.run.data.bad_images * len(job.train)
-    if len(state.bad) > max(limit, 1):
-        name, reason = next(iter(state.bad.items()))
+    share = job.run.data.bad_images
+    if len(known) > (max(share * len(source), 1) if share else 0):  # one alone is no share
+        name, reason = next(iter(known.items()))
         raise UserError(
-            f"{len(state.bad)} images cannot be read, more than --data.bad-images {job.run.data.bad_images:g} of "
-            f"{len(job.train)}; the first is {name}: {reason}"
+            f"{len(known)} images cannot be read, more than --data.bad-images {share:g} of {len(source)}; the first is "
+            f"{name}: {reason}"
         )
 
 

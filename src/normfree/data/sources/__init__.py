@@ -101,7 +101,9 @@ def open_held_out(root: str, names: Sequence[str], classes: tuple[str, ...]) -> 
         UserError: one is not there any more.
     """
     part = halves_of(root)[0]
-    assert part is not None
+    if part is None:
+        raise UserError(f"{root} has no training images any more, of which some were held out for validation")
+    names = [name.removeprefix(part.prefix) for name in names]
     if part.kind == "folder":  # as many files as there are names need not be listed
         labels = np.array([classes.index(Path(name).parts[0]) for name in names], np.int64)
         return FolderSource(part.path, Names(names), labels, classes, prefix=part.prefix, held_out=True)

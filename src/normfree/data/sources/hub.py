@@ -52,6 +52,8 @@ def fetch(name: str) -> dict[str, tuple[Path, ...]]:
     """
     datasets = library("datasets")
     name, _, config = name.partition(":")
+    if not name:
+        raise UserError("name a data set: --data.root hf:NAME")
     try:
         found = datasets.load_dataset(name, config or None)
     except Exception as e:  # of many kinds: of the network, of the hub, of the files

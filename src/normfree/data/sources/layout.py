@@ -13,7 +13,7 @@ from normfree.data.sources import hub
 from normfree.data.sources.folder import LAYOUT, check_folder
 from normfree.data.sources.imagenet import is_validation_folder
 from normfree.data.sources.labels import find_table, is_label_table
-from normfree.data.sources.listing import files_in, folders_in
+from normfree.data.sources.listing import files_in, folders_in, is_image_name
 from normfree.data.sources.tables import PARQUET
 
 TRAIN_NAMES = ("train", "training")
@@ -102,7 +102,14 @@ def _packed(folder: Path) -> list[Path]:
     """The tar shards in a folder, or else its parquet files, sorted."""
     files = files_in(folder)
     for ending in _PACKED:
-        if found := [folder / name for name in files if name.endswith(ending)]:
+        found = [folder / name for name in files if name.endswith(ending)]
+        beside = [n for n in folders_in(folder) if any(map(is_image_name, files_in(folder / n)))] if found else []
+        if beside:
+            raise UserError(
+                f"{folder} has both {found[0].name} and folders of images, such as {beside[0]!r}; name the one that is "
+                "meant, or move the other"
+            )
+        if found:
             return found
     compressed = next((name for name in files if name.lower().endswith(_COMPRESSED)), None)
     if compressed and not folders_in(folder):
