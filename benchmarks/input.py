@@ -16,6 +16,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -55,13 +56,13 @@ def photograph(seed: int) -> Image.Image:
     return Image.fromarray(x.clip(0, 255).astype(np.uint8))
 
 
-def write_files(root: Path) -> float:
+def write_files(root: Path, quality: int) -> float:
     """Two folders of files; returns their mean size in bytes."""
     sizes = []
     for i in range(FILES):
         path = root / "ab"[i % 2] / f"{i:04d}.jpg"
         path.parent.mkdir(exist_ok=True)
-        photograph(i).save(path, quality=90)
+        photograph(i).save(path, quality=quality)
         sizes.append(path.stat().st_size)
     return statistics.mean(sizes)
 
@@ -85,7 +86,12 @@ def ours(root: Path) -> dict[str, Pipeline]:
         for _ in eval_batches(source, prepared, BATCH):
             pass
 
+    def decoded() -> None:
+        for i in range(FILES):
+            source.read(i)
+
     return {
+        "decoding alone": decoded,
         "train": lambda: train(paper),
         "train, antialiased": lambda: train(smooth),
         "train, operations elsewhere": lambda: train(paper),
@@ -109,10 +115,16 @@ def of_timm(root: Path) -> dict[str, Pipeline]:
         return run
 
     common: dict[str, Any] = {"interpolation": "bicubic", "use_prefetcher": True}
+
+    def decoded() -> None:
+        for path in root.glob("*/*.jpg"):
+            Image.open(path).convert("RGB")
+
     train = over(create_transform(TRAIN, is_training=True, color_jitter=None, **common))
     augmented = over(create_transform(TRAIN, is_training=True, auto_augment="rand-m10-n4", **common))
     evaluation = over(create_transform(EVAL, crop_pct=0.875, **common))
     return {
+        "decoding alone": decoded,
         "train": train,
         "train, antialiased": train,
         "train, operations elsewhere": augmented,
@@ -139,9 +151,14 @@ def of_torchvision(root: Path) -> dict[str, Pipeline]:
 
         return run
 
+    def decoded() -> None:
+        for path in paths:
+            decode_image(path, ImageReadMode.RGB)
+
     train, augmented = over(*crop), over(*crop, v2.RandAugment(4, 10))
     evaluation = over(v2.Resize(EVAL + 32, **cubic), v2.CenterCrop(EVAL))
     return {
+        "decoding alone": decoded,
         "train": train,
         "train, antialiased": train,
         "train, operations elsewhere": augmented,
@@ -151,12 +168,12 @@ def of_torchvision(root: Path) -> dict[str, Pipeline]:
     }
 
 
-def measure(rounds: int) -> dict[str, Any]:
+def measure(rounds: int, quality: int) -> dict[str, Any]:
     """Images a second by pipeline, and ratios to the peers', of so many rounds."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        size = write_files(Path(scratch))
+        size = write_files(Path(scratch), quality)
         makers = {"normfree": ours, "timm": of_timm, "torchvision": of_torchvision}
         pipelines = {name: make(Path(scratch)) for name, make in makers.items()}
         rows = {}
@@ -235,15 +252,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--quality", type=int, default=90, help="of the JPEGs; 90 makes them as large as ImageNet's")
     parser.add_argument("--memory", action="store_true")
     args = parser.parse_args()
-    result = measure_memory(1_000_000, 4, 3) if args.memory else measure(args.rounds)
+    result = measure_memory(1_000_000, 4, 3) if args.memory else measure(args.rounds, args.quality)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     result |= {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in ("torch", "timm", "torchvision", "pillow", "simplejpeg")},
         "date": date.today().isoformat(),
-        "command": f"python benchmarks/input.py{' --memory' if args.memory else ''} --out {args.out}",
+        "command": " ".join(["python", *sys.argv]),
         "commit": commit.stdout.strip(),
     }
     args.out.write_text(json.dumps(result, indent=2) + "\n")

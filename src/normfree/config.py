@@ -57,7 +57,7 @@ class ModelConfig:
 class DataConfig:
     """The images and what is done to them. Sizes are pixels."""
 
-    root: str  # "digits", or a folder
+    root: str  # "digits"; a folder of images, tar shards, parquet files or a saved data set; "hf:NAME" of the Hub
     size: int  # side of a training image
     test_size: int  # side of a validation image
     train_crop: str  # "box": a random part, resized; "shift": the evaluation image, moved, zoomed and turned

@@ -93,8 +93,8 @@ def clip_grad_agc_(parameters: Parameters, clipping: float = 0.01, eps: float = 
         parameters: a tensor or tensors, all clipped; param groups, where "clipping" overrides the argument and None
             exempts the group; or a module, whose classifier's weight is exempt, as in the paper. Tensors without a
             gradient are passed over.
-        clipping: lambda, the largest ratio of the norms of a unit's gradient and weight. Before AdamW it matters little
-            at an ordinary rate and helps at a high one; 0.01 to 0.16 are all safe (benchmarks/results/adamw.json).
+        clipping: lambda, the largest ratio of the norms of a unit's gradient and weight. Before AdamW, which divides by
+            the gradients' size, it hardly matters: 0.01 to 0.16 are all safe (benchmarks/results/adamw.json).
         eps: floor of the weight's norm, so that zero-initialised parameters can move.
 
     Returns:
