@@ -16,6 +16,7 @@ COMMANDS = {
     "data": "check a set of images, show what training sees, make a sample set",
     "list": "the networks by name, and what they cost",
     "study": "measure again what the paper claims",
+    "bench": "how fast, and beside whom",
     "doctor": "check this machine",
 }
 
