@@ -148,7 +148,8 @@ def test_a_plan_is_a_function_of_each_slot(seed: int, step: int, slots: list[int
     together = MIX.plan(seed, step, slots, 32, attempt)
     for i, slot in enumerate(slots):
         alone = MIX.plan(seed, step, [slot], 32, attempt)
-        assert all(np.array_equal(a[i], b[0]) for a, b in zip(together, alone, strict=True))
+        parts: list[tuple[Any, Any]] = list(zip(together, alone, strict=True))
+        assert all(np.array_equal(a[i], b[0]) for a, b in parts)
 
 
 def test_whatever_differs_plans_anew() -> None:

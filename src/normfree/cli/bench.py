@@ -43,8 +43,8 @@ class _Latency(_Common):
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional] = ("nfnet_f0",)  # ours, or timm:NAME
     size: int | None = None  # side of the images in pixels; the first network's training size if not given
-    batch: int = 32
-    precision: Precision = "fp32"
+    batch: int = 32  # images of a step
+    precision: Precision = "fp32"  # of the maps
     compiled: bool = False  # torch.compile of the network
     fused: bool = False  # torch's fused SGD for timm's networks, instead of SGD as it comes
 
@@ -63,8 +63,8 @@ class _Inference(_Common):
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional] = ("nfnet_f0",)  # ours, or timm:NAME
     size: int | None = None  # the first network's test size if not given
-    batch: int = 8
-    precision: Precision = "fp32"
+    batch: int = 8  # images of a pass
+    precision: Precision = "fp32"  # of weights and maps
     compiled: bool = False  # torch.compile with frozen weights
 
 

@@ -261,18 +261,14 @@ def _show_arguments() -> Any:
 
 def _settings(args: Any) -> tuple[Run, Source]:
     """The run that `normfree train` would make of these arguments, and its training images."""
-    from normfree.cli.settings import given_settings, recipe_name
+    from normfree.cli.settings import given_settings, images_for, recipe_name
     from normfree.recipes import RECIPES
 
     given = given_settings(args)
     check_ranges(given.values)
     check_device(given.values.get("train.device"))
     name = recipe_name(args.recipe, given)
-    root = given.values.setdefault("data.root", "digits" if name == "digits" else None)
-    if root is None:
-        raise UserError(f"the recipe {name!r} trains on a folder of images: --data.root DIR")
-    if (name == "digits") != (root == "digits"):
-        raise UserError("the recipe 'digits' has its own images; a folder is shown with --data.root DIR alone")
+    root = images_for(name, given)
     given.values.setdefault("train.micro_batch", 1)  # to measure it takes a network, and no picture depends on it
     train, _ = open_data(root, given.values.get("data.validation", 0.2))
     settings = RECIPES[name](given, train)

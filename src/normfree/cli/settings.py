@@ -62,3 +62,17 @@ def recipe_name(name: str | None, given: Given) -> str:
     if "model.name" in given.values:
         model_config(given.values["model.name"])  # raises with the nearest names
     return name
+
+
+def images_for(recipe: str, given: Given) -> str:
+    """The root of the images of a recipe, which is put among what is given.
+
+    Raises:
+        UserError: the recipe needs a folder and has none, or has its own images and a folder as well.
+    """
+    root: str | None = given.values.setdefault("data.root", "digits" if recipe == "digits" else None)
+    if root is None:
+        raise UserError(f"the recipe {recipe!r} trains on a folder of images: --data.root DIR")
+    if (recipe == "digits") != (root == "digits"):
+        raise UserError("the recipe 'digits' has its own images; a folder is taken with --data.root DIR alone")
+    return root

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from normfree.cli.common import check_device, parse, warn
-from normfree.cli.settings import OPTIONAL, given_settings, recipe_name
+from normfree.cli.settings import OPTIONAL, given_settings, images_for, recipe_name
 from normfree.config import Given, UserError, check_given, check_ranges
 from normfree.data.sources import Source, SyntheticSource, describe, open_data
 from normfree.recipes import RECIPES
@@ -66,11 +66,7 @@ def run(arguments: Sequence[str]) -> int:
 def _begin(args: Any, given: Given, screen: Screen) -> Job:
     """A new run: everything that can be wrong is found before its folder is made."""
     name = recipe_name(args.recipe, given)
-    root = given.values.setdefault("data.root", "digits" if name == "digits" else None)
-    if root is None:
-        raise UserError(f"the recipe {name!r} trains on a folder of images: --data.root DIR")
-    if (name == "digits") != (root == "digits"):
-        raise UserError("the recipe 'digits' has its own images; a folder is trained on with --data.root DIR alone")
+    root = images_for(name, given)
     train, val = open_data(root, given.values.get("data.validation", 0.2))
     settings = RECIPES[name](given, train)
     if name.endswith("finetune") and settings.model.weights is None:
