@@ -148,4 +148,6 @@ def _say_choices(given: Given, screen: Screen) -> None:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()  # as the flag takes it
     return f"{value:.4g}" if isinstance(value, float) else str(value)
