@@ -13,7 +13,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from seeds import conditions, run
+import torch
+from seeds import run
+
+from normfree.bench.timing import conditions
+from normfree.recipes.choose import device
 
 _ADAMW = "--train.epochs 6 --optim.kind adamw --optim.weight-decay 0.05"
 STUDIES: dict[str, dict[str, str]] = {
@@ -61,7 +65,7 @@ def main() -> None:
         "rows": rows,
         "n": args.seeds,
         "command": f"python benchmarks/ablations.py {args.study} --out {args.out}",
-        **conditions(),
+        **conditions(torch.device(device()[0])),
     }
     args.out.write_text(json.dumps(result, indent=2) + "\n")
 

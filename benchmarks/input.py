@@ -13,15 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from normfree.bench.timing import conditions, ratio, take_turns
 from normfree.config import IMAGENET_MEAN, IMAGENET_STD
 from normfree.data.augment import Augment
 from normfree.data.crop import Preprocessing, TrainCrop
@@ -38,6 +36,7 @@ from normfree.data.randaugment import RandAugment
 from normfree.data.sources import ArraySource, open_folder
 
 FILES, BATCH, TRAIN, EVAL = 64, 32, 192, 224
+CPU = torch.device("cpu")
 Pipeline = Callable[[], object]  # goes through FILES images once
 
 
@@ -178,13 +177,7 @@ def measure(rounds: int, quality: int) -> dict[str, Any]:
         pipelines = {name: make(Path(scratch)) for name, make in makers.items()}
         rows = {}
         for case in pipelines["normfree"]:
-            seconds: dict[str, list[float]] = {name: [] for name in pipelines}
-            for r in range(rounds + 1):
-                for name in pipelines:
-                    began = time.perf_counter()
-                    pipelines[name][case]()
-                    if r > 0:  # the first warms up
-                        seconds[name].append(time.perf_counter() - began)
+            seconds = take_turns({n: found[case] for n, found in pipelines.items()}, rounds, CPU, warmup=1)
             rows[case] = summary(seconds)
             print(case, json.dumps(rows[case]), flush=True)
     return {"what": "images a second on one core", "mean_file_bytes": round(size), "n": rounds, "rows": rows}
@@ -194,11 +187,8 @@ def summary(seconds: dict[str, list[float]]) -> dict[str, Any]:
     found: dict[str, Any] = {f"{n}, images/s": round(FILES / statistics.median(t), 1) for n, t in seconds.items()}
     for name, times in seconds.items():
         if name != "normfree":
-            ratios = sorted(theirs / own for theirs, own in zip(times, seconds["normfree"], strict=True))
-            tenth = len(ratios) // 10
-            found[f"times {name}"] = [
-                round(q, 2) for q in (ratios[tenth], statistics.median(ratios), ratios[-1 - tenth])
-            ]
+            gain = ratio(times, seconds["normfree"])
+            found[f"times {name}"] = [round(gain[key], 2) for key in ("p10", "median", "p90")]
     return found
 
 
@@ -256,24 +246,8 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true")
     args = parser.parse_args()
     result = measure_memory(1_000_000, 4, 3) if args.memory else measure(args.rounds, args.quality)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    result |= {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {name: version(name) for name in ("torch", "timm", "torchvision", "pillow", "simplejpeg")},
-        "date": date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit.stdout.strip(),
-    }
+    result |= {"command": " ".join(["python", *sys.argv])} | conditions(CPU)
     args.out.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def version(package: str) -> str:
-    import importlib.metadata
-
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 if __name__ == "__main__":

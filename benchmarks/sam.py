@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
-import subprocess
-import time
 from dataclasses import replace
-from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from normfree.bench.timing import conditions, ratio, take_turns
 from normfree.config import Given, Run
 from normfree.data.loader import Batch
 from normfree.data.sources import SyntheticSource
@@ -53,31 +50,21 @@ def main() -> None:
     images = images.contiguous(memory_format=torch.channels_last)
     batch = Batch(images, torch.arange(args.batch) % 10, torch.ones(args.batch, dtype=torch.bool), [])
     learners = {form: learner(run, rho, every, args.shards) for form, (rho, every) in FORMS.items()}
-    seconds: dict[str, list[float]] = {form: [] for form in FORMS}
-    for r in range(args.rounds + 1):
-        for form, one in learners.items():
-            began = time.perf_counter()
-            one.step(batch, r, r)
-            if device.startswith("cuda"):
-                torch.cuda.synchronize()
-            if r > 0:  # the first warms up
-                seconds[form].append(time.perf_counter() - began)
-    rows = {}
-    for form, times in seconds.items():
-        tenth = len(times) // 10
-        ratios = sorted(t / p for t, p in zip(times, seconds["plain"], strict=True))
-        rows[form] = {"median ratio": statistics.median(ratios), "p10": ratios[tenth], "p90": ratios[-1 - tenth]}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    taken = dict.fromkeys(FORMS, 0)
+
+    def step(form: str) -> None:
+        learners[form].step(batch, taken[form], taken[form])
+        taken[form] += 1
+
+    where = torch.device(device)
+    seconds = take_turns({form: partial(step, form) for form in FORMS}, args.rounds, where, warmup=1)
+    rows = {form: ratio(times, seconds["plain"]) for form, times in seconds.items()}
     result = {
         "what": f"time of a step of {args.model}, {args.size} px, {args.batch} images, {args.shards} shards, to plain",
         "rows": rows,
         "n": args.rounds,
-        "device": device,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "date": date.today().isoformat(),
         "command": f"python benchmarks/sam.py --out {args.out}",
-        "commit": commit.stdout.strip(),
+        **conditions(where),
     }
     args.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(rows, indent=2))

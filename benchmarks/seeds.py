@@ -7,10 +7,7 @@ python benchmarks/seeds.py --out benchmarks/results/sample.json --seeds 3 -- --d
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from normfree.bench.timing import conditions
+from normfree.recipes.choose import device
 
 
 def run(seed: int, folder: Path, settings: list[str]) -> dict[str, Any]:
@@ -45,29 +45,6 @@ def run(seed: int, folder: Path, settings: list[str]) -> dict[str, Any]:
     }
 
 
-def cpuinfo() -> str:
-    """What Linux says of the cores; nothing elsewhere."""
-    path = Path("/proc/cpuinfo")
-    return path.read_text() if path.exists() else ""
-
-
-def conditions() -> dict[str, Any]:
-    """Hardware, versions, commit, date."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    dirty = subprocess.run(["git", "status", "--porcelain", "src"], capture_output=True, text=True, check=False).stdout
-    names = [line.split(":")[1].strip() for line in cpuinfo().splitlines() if line.startswith("model name")]
-    return {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit + (" with changes" if dirty else ""),
-        "cpu": names[0] if names else platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
 def main() -> None:
     """Run the seeds, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -83,7 +60,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "command": "normfree train --train.seed N " + " ".join(args.settings),
         "n": len(rows),
-        **conditions(),
+        **conditions(torch.device(device()[0])),
     }
     for key in ("top1", "last_ema_top1", "last_raw_top1", "process_seconds", "training_seconds"):
         values = [row[key] for row in rows]

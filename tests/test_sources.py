@@ -180,7 +180,7 @@ def test_links_are_followed(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(root)
     source = open_folder(tmp_path / "link")
     assert names(source) == ["a/0.jpg", "b/0.jpg", "b/1.jpg", "b/2.jpg"]
-    assert source.read_bytes(0) == source.read_bytes(2) == b"-"
+    assert source.content(0) == source.content(2) == b"-"
     with pytest.raises(BadImage, match="cannot be read: No such file"):
         source.read(3)
 
@@ -427,7 +427,7 @@ def test_subsets_of_folders(tmp_path: Path) -> None:
     assert names(part) == ["b/2.jpg", "a/0.jpg"]
     assert part.labels.tolist() == [1, 0]
     assert part.classes == ("a", "b")
-    assert part.read_bytes(1) == b"-"
+    assert part.content(1) == b"-"
 
 
 def test_subsets_of_arrays() -> None:
@@ -527,7 +527,7 @@ def test_with_classes_keeps_everything_else(tmp_path: Path) -> None:
     assert names(other) == names(source) == ["val/a/0.jpg", "val/b/0.jpg"]
     assert other.labels.tolist() == [2, 0]
     assert other.ignored == ["val/a/x.txt"]
-    assert other.read_bytes(0) == b"-"
+    assert other.content(0) == b"-"
 
 
 # fingerprint

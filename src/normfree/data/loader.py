@@ -123,10 +123,8 @@ class _EvalBatches(Dataset[Batch]):
     def __getitem__(self, b: int) -> Batch:
         size = self.preprocessing.size
         images = np.zeros((self.batch_size, size, size, 3), np.uint8 if self.preprocessing.antialias else np.float32)
-        labels, valid = (
-            np.zeros_like(self.source.labels[:1].repeat(self.batch_size, 0)),
-            np.zeros(self.batch_size, bool),
-        )
+        labels = np.zeros((self.batch_size, *self.source.labels.shape[1:]), self.source.labels.dtype)
+        valid = np.zeros(self.batch_size, bool)
         bad: list[tuple[int, str]] = []
         start = b * self.batch_size
         for slot, index in enumerate(range(start, min(start + self.batch_size, len(self.source)))):

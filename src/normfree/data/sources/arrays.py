@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normfree.config import UserError
+from normfree.data.sources.protocol import Readable
 
 
 @dataclass
-class ArraySource:
+class ArraySource(Readable):
     """Images in memory: (N, H, W, 3) uint8."""
 
     images: NDArray[np.uint8]
@@ -44,16 +45,13 @@ class ArraySource:
         image: NDArray[np.uint8] = self.images[index]
         return image
 
-    def read(self, index: int) -> NDArray[np.uint8]:
-        return self.content(index)
-
     def subset(self, indices: NDArray[np.int64]) -> ArraySource:
         names = [self.names[i] for i in indices]
         return ArraySource(self.images[indices], self.labels[indices], self.classes, names)
 
 
 @dataclass
-class SyntheticSource:
+class SyntheticSource(Readable):
     """Images of noise, made when they are read: for trying out a run without its images."""
 
     images: int
@@ -81,9 +79,6 @@ class SyntheticSource:
 
     def content(self, index: int) -> NDArray[np.uint8]:
         return np.random.default_rng(index).integers(0, 256, (self.size, self.size, 3), np.uint8)
-
-    def read(self, index: int) -> NDArray[np.uint8]:
-        return self.content(index)
 
     def subset(self, indices: NDArray[np.int64]) -> SyntheticSource:
         raise NotImplementedError("synthetic images have no parts")

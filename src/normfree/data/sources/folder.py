@@ -12,16 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normfree.config import UserError
-from normfree.data.decode import BadImage, decode
+from normfree.data.decode import BadImage
 from normfree.data.sources.listing import folders_in, list_images
 from normfree.data.sources.names import Names
+from normfree.data.sources.protocol import Readable
 
 MAX_BYTES = 1 << 30  # of a file that is read whole; the largest image that is decoded has less in any format
 LAYOUT = "expected ROOT/CLASS/IMAGES, or ROOT/train/CLASS/IMAGES and ROOT/val/CLASS/IMAGES"
 
 
 @dataclass
-class FolderSource:
+class FolderSource(Readable):
     """Files below a root. Each read opens the file anew."""
 
     root: Path
@@ -45,11 +46,6 @@ class FolderSource:
 
     def content(self, index: int) -> bytes:
         return read_file(self.root / self.names[index])
-
-    read_bytes = content
-
-    def read(self, index: int) -> NDArray[np.uint8]:
-        return decode(self.content(index))
 
     def subset(self, indices: NDArray[np.int64]) -> FolderSource:
         return replace(self, names=self.names.take(indices), labels=self.labels[indices])

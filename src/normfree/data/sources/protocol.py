@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normfree.config import UserError
+from normfree.data.decode import decode
 
 
 class Source(Protocol):
@@ -42,6 +43,17 @@ class Source(Protocol):
 
     def subset(self, indices: NDArray[np.int64]) -> Source:
         """The same source with these samples only, in this order."""
+
+
+class Readable:
+    """What sources of files and of pixels share: the pixels, from whatever `content` gives."""
+
+    def content(self, index: int) -> bytes | NDArray[np.uint8]:
+        raise NotImplementedError
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        content = self.content(index)
+        return decode(content) if isinstance(content, bytes) else content
 
 
 S = TypeVar("S", bound=Source)

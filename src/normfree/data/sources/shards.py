@@ -23,16 +23,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normfree.config import UserError
-from normfree.data.decode import BadImage, decode
+from normfree.data.decode import BadImage
 from normfree.data.sources import cache
 from normfree.data.sources.class_names import read_classes, sorted_classes
 from normfree.data.sources.names import Names, joined
+from normfree.data.sources.protocol import Readable
 from normfree.data.sources.shard_index import Index, index_shards
 from normfree.data.sources.tar import BLOCK
 
 
 @dataclass
-class ShardSource:
+class ShardSource(Readable):
     """Images in tar files. Each read is one pread, from a file that each process opens for itself."""
 
     root: Path
@@ -70,9 +71,6 @@ class ShardSource:
         if len(data) != size + BLOCK or crc32(data[:BLOCK]) != check:
             raise BadImage(f"{path} is not what it was when it was listed")
         return data[BLOCK:]
-
-    def read(self, index: int) -> NDArray[np.uint8]:
-        return decode(self.content(index))
 
     def subset(self, indices: NDArray[np.int64]) -> ShardSource:
         names, table = self.names.take(indices), self.table[indices]

@@ -26,11 +26,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normfree.config import UserError
-from normfree.data.decode import BadImage, decode
+from normfree.data.decode import BadImage
 from normfree.data.sources import cache
 from normfree.data.sources.class_names import sorted_classes
 from normfree.data.sources.labels import label_array
 from normfree.data.sources.names import Names
+from normfree.data.sources.protocol import Readable
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "picture")
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label")
@@ -38,7 +39,7 @@ PARQUET, ARROW = ".parquet", ".arrow"
 
 
 @dataclass
-class TableSource:
+class TableSource(Readable):
     """Rows of parquet or Arrow files."""
 
     root: Path
@@ -80,9 +81,6 @@ class TableSource:
         if not isinstance(content, bytes):
             raise BadImage("the row has no bytes of an image")
         return content
-
-    def read(self, index: int) -> NDArray[np.uint8]:
-        return decode(self.content(index))
 
     def subset(self, indices: NDArray[np.int64]) -> TableSource:
         return replace(self, names=self.names.take(indices), rows=self.rows[indices], labels=self.labels[indices])
