@@ -3,6 +3,7 @@
 Every pipeline reads the same JPEG files (500 x 375, about 110 kB, as ImageNet's are) and ends in a uint8 batch.
 They take turns, round after round, pinned to one core; ratios are taken within a round. timm's RandAugment leaves out
 each operation half of the time, ours never. Needs timm and torchvision beside a build of torch that they import with.
+`normfree bench input` measures the parts of our own, with loader processes and on the device.
 
     python benchmarks/input.py --out benchmarks/results/input.json
     python benchmarks/input.py --memory --out benchmarks/results/input_memory.json
@@ -27,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from normfree.bench.input import paper_crop, write_photographs
 from normfree.bench.timing import conditions, ratio, take_turns
 from normfree.config import IMAGENET_MEAN, IMAGENET_STD
 from normfree.data.augment import Augment
@@ -40,38 +42,9 @@ CPU = torch.device("cpu")
 Pipeline = Callable[[], object]  # goes through FILES images once
 
 
-def photograph(seed: int) -> Image.Image:
-    """Noise with the spectrum of photographs, 1 / f, and edges: its JPEG has the size of one."""
-    generator = np.random.default_rng(seed)
-    fy, fx = np.fft.fftfreq(375)[:, None], np.fft.rfftfreq(500)[None]
-    spectrum = 1.0 / np.maximum(np.hypot(fy, fx), 1 / 500)
-    planes = []
-    for _ in range(3):
-        phases = np.exp(2j * np.pi * generator.random(spectrum.shape))
-        planes.append(np.fft.irfft2(spectrum * phases, s=(375, 500)))
-    x = np.stack(planes, -1) @ np.array([[1, 1, 1], [0.3, 0, -0.3], [0.15, -0.3, 0.15]])
-    x[generator.integers(300) :, generator.integers(400) :] += generator.normal(0, 1, 3) * x.std()
-    x = 128 + 55 * (x - x.mean()) / x.std() + generator.normal(0, 4, x.shape)
-    return Image.fromarray(x.clip(0, 255).astype(np.uint8))
-
-
-def write_files(root: Path, quality: int) -> float:
-    """Two folders of files; returns their mean size in bytes."""
-    sizes = []
-    for i in range(FILES):
-        path = root / "ab"[i % 2] / f"{i:04d}.jpg"
-        path.parent.mkdir(exist_ok=True)
-        photograph(i).save(path, quality=quality)
-        sizes.append(path.stat().st_size)
-    return statistics.mean(sizes)
-
-
 def ours(root: Path) -> dict[str, Pipeline]:
     source = open_folder(root)
-    still = Preprocessing(TRAIN, "squash", 27, IMAGENET_MEAN, IMAGENET_STD)
-    settings: dict[str, Any] = {"min_area": 0.08, "shift": 0, "zoom": 0.0, "rotate": 0.0, "flip": True, "still": still}
-    paper = TrainCrop("box", TRAIN, antialias=False, **settings)
-    smooth = TrainCrop("box", TRAIN, antialias=True, **settings)
+    paper, smooth = paper_crop(TRAIN), paper_crop(TRAIN, antialias=True)
     augment = Augment(None, RandAugment(4, 10))
     steps = range(FILES // BATCH)
 
@@ -172,7 +145,7 @@ def measure(rounds: int, quality: int) -> dict[str, Any]:
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        size = write_files(Path(scratch), quality)
+        size = write_photographs(Path(scratch), FILES, quality)
         makers = {"normfree": ours, "timm": of_timm, "torchvision": of_torchvision}
         pipelines = {name: make(Path(scratch)) for name, make in makers.items()}
         rows = {}

@@ -26,7 +26,7 @@ from normfree.evaluate import Interrupted, Outputs, Scores, average_precision, i
 from normfree.models import create_model
 from normfree.nn.loss import hits
 from normfree.report import confusion, curves, mistakes, most_confused, short_name
-from normfree.train import loop
+from normfree.train import evaluation
 
 PLAIN = Preprocessing(32, "pad", 0, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -213,7 +213,7 @@ def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["train", "--data.root", str(images), "--run-dir", str(home / "run"), "--optim.loss", "sigmoid"]
     arguments += ["--train.epochs", "3", "--train.batch-size", "8", "--train.device", "cpu", "--optim.head-only", "1"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "score", falling)
+        patch.setattr(evaluation, "score", falling)
         assert _main(arguments) == 0
     return home / "run"
 

@@ -374,7 +374,7 @@ def test_damaged_side_files_do_no_harm(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "validation.json").write_text("[]")
     assert "no images" in run_command("evaluate", "run", cwd=tmp_path).stderr
     (tmp_path / "run" / "validation.json").write_text('["bird/1.jpg"]')
-    assert "validation.json is broken" in run_command("evaluate", "run", cwd=tmp_path).stderr
+    assert "was held out for validation" in run_command("evaluate", "run", cwd=tmp_path).stderr
 
 
 def test_an_existing_run_is_refused_and_untouched(finished: Path, command: Command) -> None:

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import hashlib
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -121,6 +122,11 @@ class TrainConfig:
     device: str = "cpu"  # "cpu", "cuda", "cuda:1"
     precision: str = "fp32"  # of the maps in training: "fp32", "bf16" or "fp16"; weights and evaluation are fp32
     micro_batch: int | None = None  # images at once, whose gradients add up to the batch's; all that fit if None
+    shards: int | None = (
+        None  # equal parts whose gradients are added in one order: the same bits for all process counts
+    )
+    sharded: bool = False  # weights, gradients, momentum and average are dealt to the processes, for what does not fit
+    compile: bool = False  # with torch.compile: on a CPU the activations alone, since the rest gains nothing there
     remat: str = "none"  # compute maps again in backward instead of keeping them: of each "block" or "stage"
     eval_batch_size: int = 250
     log_every: int = 10  # steps between lines of metrics.jsonl
@@ -185,6 +191,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("optim.sam_shards", "positive", lambda v: v > 0),
     ("train.precision", "fp32 or bf16 or fp16", lambda v: v in ("fp32", "bf16", "fp16")),
     ("train.micro_batch", "positive", lambda v: v is None or v > 0),
+    ("train.shards", "a power of two", lambda v: v is None or (v > 0 and v & (v - 1) == 0)),
     ("train.remat", "none, block or stage", lambda v: v in ("none", "block", "stage")),
     ("train.eval_batch_size", "positive", lambda v: v > 0),
     ("train.log_every", "positive", lambda v: v > 0),
@@ -201,6 +208,8 @@ def check_ranges(values: dict[str, Any]) -> None:
         numbers = value if isinstance(value, (list, tuple)) else [value]
         if not all(math.isfinite(v) for v in numbers if isinstance(v, float)):
             raise UserError(f"{name} must be finite, not {value}")
+        if any(isinstance(v, int) and abs(v) > 2**32 for v in numbers):
+            raise UserError(f"{name} is too large")
     for name, words, fits in _RANGES:
         if name in values and not fits(values[name]):
             raise UserError(f"{name} must be {words}, not {values[name]}")
@@ -303,11 +312,11 @@ def from_dict(kind: type[T], value: Any, where: str = "config") -> T:
         UserError: says which setting is wrong, and the nearest name for one that is unknown.
     """
     if not isinstance(value, dict):
-        raise UserError(f"{where} must be an object, not {value!r}")
+        raise UserError(f"{where} must be an object, not {_shown(value)}")
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for name in value:
         if name not in fields:
-            raise UserError(f"{where}: unknown setting {name!r}{suggestion(name, fields)}")
+            raise UserError(f"{where}: unknown setting {_shown(name)}{suggestion(name, fields)}")
     for name, f in fields.items():
         if name not in value and f.default is dataclasses.MISSING:
             raise UserError(f"{where}: {name!r} is missing")
@@ -326,11 +335,11 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         items = typing.get_args(hint)
         if not isinstance(value, (list, tuple)):
-            raise UserError(f"{where} must be a list, not {value!r}")
+            raise UserError(f"{where} must be a list, not {_shown(value)}")
         if items[-1] is Ellipsis:
             items = (items[0],) * len(value)
         if len(value) != len(items):
-            raise UserError(f"{where} must be a list of {len(items)}, not {value!r}")
+            raise UserError(f"{where} must be a list of {len(items)}, not {_shown(value)}")
         return tuple(_checked(i, v, where) for i, v in zip(items, value, strict=True))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
@@ -338,8 +347,17 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
         except OverflowError:
             raise UserError(f"{where} is too large") from None
     if type(value) is not hint:
-        raise UserError(f"{where} must be {hint.__name__}, not {value!r}")
+        raise UserError(f"{where} must be {hint.__name__}, not {_shown(value)}")
     return value
+
+
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = _brief.maxlong = 100
+
+
+def _shown(value: Any) -> str:
+    """A value as a message has it: of what is long or deep, the beginning."""
+    return _brief.repr(value)
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

@@ -1,12 +1,14 @@
 """Evaluation: every image once, in batches of one shape, sums in float64 in the order of the samples.
 
 Logits of an image differ in the last bits between batch sizes, and not between places in the batch. So evaluation and
-prediction, which share `infer`, always run the batch size stored with the weights and agree to the last bit.
+prediction, which share `infer`, always run the batch size stored with the weights and agree to the last bit. Several
+processes deal the same batches out among them, so that they find what one finds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -15,8 +17,9 @@ from torch import Tensor, nn
 
 from normfree.config import IMAGENET_MEAN, IMAGENET_STD, UserError
 from normfree.data.crop import Preprocessing
-from normfree.data.loader import Loading, eval_batches
+from normfree.data.loader import Batch, Loading, eval_batches
 from normfree.data.sources import Source
+from normfree.distributed import Group
 from normfree.models import model_config
 from normfree.nn.loss import sample_losses
 
@@ -113,29 +116,73 @@ def infer_all(
     loading: Loading | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     done: Callable[[int], None] = lambda _: None,
+    group: Group | None = None,
 ) -> list[Outputs]:
-    """As `infer`, of several models on one device, with each image read once."""
+    """As `infer`, of several models on one device, with each image read once.
+
+    With a group its processes share the work and stop together. Rank 0 has the outputs of all; the others have none.
+    """
+    if len(source) == 0:
+        raise UserError("there are no images to evaluate")
+    group = Group.alone() if group is None else group
     device = next(models[0].parameters()).device
     modes = [model.training for model in models]
     logits: list[list[Tensor]] = [[] for _ in models]
-    labels, indices, bad = [], [], []
+    labels: list[Tensor] = []
+    indices: list[Tensor] = []
+    bad: list[tuple[int, str]] = []
     for model in models:
         model.eval()
-    for b, batch in enumerate(eval_batches(source, preprocessing, batch_size, loading)):
-        if should_stop():
+    for number, batch in enumerate(_dealt(source, preprocessing, batch_size, loading, group)):
+        if group.agree(should_stop()):
             raise Interrupted
-        images = preprocessing.normalize(batch.images.to(device))
-        for model, found in zip(models, logits, strict=True):
-            found.append(model(images).cpu()[batch.valid])
-        labels.append(batch.labels[batch.valid])
-        indices.append(b * batch_size + torch.nonzero(batch.valid).flatten())
-        bad += batch.bad
-        done(b + 1)
+        if batch is not None:
+            own, at = batch
+            images = preprocessing.normalize(own.images.to(device))
+            for model, found in zip(models, logits, strict=True):
+                found.append(model(images).cpu()[own.valid])
+            labels.append(own.labels[own.valid])
+            indices.append(at * batch_size + torch.nonzero(own.valid).flatten())
+            bad += [(at * batch_size + index % batch_size, reason) for index, reason in own.bad]
+        done(number + 1)
     for model, mode in zip(models, modes, strict=True):
         model.train(mode)
-    if not labels:
-        raise UserError("there are no images to evaluate")
-    return [Outputs(torch.cat(found), torch.cat(labels), torch.cat(indices), bad) for found in logits]
+    return _collected(group, [indices, labels, *logits], bad)
+
+
+def _dealt(
+    source: Source, preprocessing: Preprocessing, batch_size: int, loading: Loading | None, group: Group
+) -> Iterator[tuple[Batch, int] | None]:
+    """The batches of a process with their numbers, b % world == rank. None where others have one more."""
+    batches = math.ceil(len(source) / batch_size)
+    own = range(group.rank, batches, group.world)
+    if group.world > 1 and own:
+        ends = (np.arange(b * batch_size, min((b + 1) * batch_size, len(source))) for b in own)
+        source = source.subset(np.concatenate(list(ends)))
+    if own:
+        yield from zip(eval_batches(source, preprocessing, batch_size, loading), own, strict=True)
+    yield from (None for _ in range(len(own), math.ceil(batches / group.world)))
+
+
+def _collected(group: Group, columns: list[list[Tensor]], bad: list[tuple[int, str]]) -> list[Outputs]:
+    """The outputs of all processes in the order of the samples, on rank 0; columns are indices, labels, logits.."""
+    if group.world > 1:
+        shapes = group.broadcast([[str(c[0].dtype).removeprefix("torch."), list(c[0].shape[1:])] for c in columns if c])
+        rows = [_joined(c, getattr(torch, kind), shape) for c, (kind, shape) in zip(columns, shapes, strict=True)]
+        most = group.agree(len(rows[0]))
+        gathered = [group.rows(column, most) for column in rows]
+        bad = sorted((index, reason) for part in group.gather(bad) for index, reason in part)
+        columns = [[] if parts is None else parts for parts in gathered]
+        if not group.first:
+            return []
+    indices, labels, *logits = (torch.cat(column) for column in columns)
+    order = torch.argsort(indices)
+    return [Outputs(found[order], labels[order], indices[order], bad) for found in logits]
+
+
+def _joined(parts: list[Tensor], kind: torch.dtype, shape: list[int]) -> Tensor:
+    """The rows of a process, which may have none."""
+    return torch.cat([torch.zeros(0, *shape, dtype=kind), *parts])
 
 
 def score(outputs: Outputs, loss: str = "softmax") -> Scores:

@@ -1,12 +1,14 @@
-"""Files that are whole or not there: written beside, synced, renamed; their checksums; and where caches are."""
+"""Files that are whole or not there: written beside, synced, renamed; read strictly; checksums; where caches are."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NoReturn
 
 
 def cache_folder() -> Path:
@@ -36,6 +38,60 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
+def open_plain(path: Path) -> BinaryIO:
+    """Open a file for reading. A pipe or a device may have no end, and is not waited for.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    handle = os.open(path, flags)
+    try:
+        mode = os.fstat(handle).st_mode
+        if not stat.S_ISREG(mode):
+            code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+            raise OSError(code, "Is a directory" if stat.S_ISDIR(mode) else "not a regular file", str(path))
+        return open(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def read_json(path: Path) -> Any:
+    """The value in a file of ours.
+
+    Raises:
+        OSError: it cannot be read. ValueError: it is not JSON, as `parse_json` takes it.
+    """
+    with open_plain(path) as f:
+        return parse_json(f.read())
+
+
+def parse_json(content: bytes | str) -> Any:
+    """The value of a text, strictly: no name comes twice in an object, and every number is one.
+
+    Raises:
+        ValueError: says what is wrong.
+    """
+    try:
+        return json.loads(content, object_pairs_hook=_object, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"{twice[:100]!r} comes twice")
+    return found
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in a folder durable."""
     handle = os.open(folder, os.O_RDONLY)
@@ -48,7 +104,7 @@ def sync_folder(folder: Path) -> None:
 def sha256(path: Path) -> str:
     """Checksum of a file, as hexadecimal digits."""
     digest = hashlib.sha256()
-    with open(path, "rb") as f:
+    with open_plain(path) as f:
         while block := f.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -1,19 +1,16 @@
 """Whole training steps to be timed (A.2): ours, and the same work with timm's networks, AGC and average.
 
-Images and labels are on the device already. A step is forward, loss, backward, clipping, the optimizer and the average.
+Images and labels are on the device already. A step is forward, loss, backward, the sum of gradients over processes if
+there are several, clipping, the optimizer and the average.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from importlib import import_module
-from typing import Any
-
 import torch
-import torch.nn.functional as F
-from torch import nn
 
-from normfree.bench.timing import Work
+from normfree.bench import paper
+from normfree.bench.task import CLASSES, RATE, SAM, TIMM, Step, Task, images, is_finite
+from normfree.bench.timm_step import TimmStep, known_name, library, timms_network
 from normfree.config import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -26,93 +23,103 @@ from normfree.config import (
 )
 from normfree.data.crop import Preprocessing
 from normfree.data.loader import Batch
+from normfree.distributed import Group
+from normfree.models import model_config
+from normfree.models.count import multiply_adds, multiply_adds_of
 from normfree.train.build import build_learner
 from normfree.train.length import Length
-from normfree.train.step import PRECISIONS
 
-CLASSES = 1000
+__all__ = ["CLASSES", "SAM", "TIMM", "Step", "Task", "images", "library", "size_of", "step", "step_multiply_adds"]
 
-
-@dataclass(frozen=True)
-class Task:
-    """What is measured: network, side of the images in pixels, images of a step, type of the maps, device."""
-
-    model: str  # ours by name, or "timm:NAME"
-    size: int
-    batch: int
-    precision: str = "fp32"
-    device: str = "cpu"
-    compiled: bool = False
-    fused: bool = False  # torch's fused SGD for timm's networks; ours has one optimizer
+_SAM_EVERY = 5  # the ascent sees a fifth of the images (A.4)
 
 
-def step(task: Task) -> Work:
-    """One training step, over and over on the same images.
+def step(task: Task, group: Group | None = None) -> Step:
+    """One training step; of the batches of all processes of a group, if there is one.
 
     Raises:
-        UserError: timm is needed and not there.
+        UserError: timm is needed and not there, no such network, or it cannot be trained as the task says.
     """
-    return _timms(task) if task.model.startswith("timm:") else _ours(task)
+    group = Group.alone() if group is None else group
+    return TimmStep(task, group) if task.model.startswith(TIMM) else _Ours(task, group)
 
 
-def images(task: Task) -> torch.Tensor:
-    """(N, 3, S, S) uint8 of noise, channels last, on the device; the same for every network."""
-    generator = torch.Generator().manual_seed(0)
-    found = torch.randint(256, (task.batch, task.size, task.size, 3), generator=generator, dtype=torch.uint8)
-    return found.permute(0, 3, 1, 2).to(task.device)
+def step_multiply_adds(task: Task) -> int:
+    """Of the convolutions and linear layers of a step: three times those of a forward pass, of every image it sees.
+
+    Backward is two of them: by the weights and by the maps. (torch's counter is wrong about the backward of grouped
+    convolutions: for EfficientNets by a factor of 14.) What `remat` computes again is not counted: it is no progress.
+    """
+    seen = task.batch + (-(-task.batch // _SAM_EVERY) if task.model.endswith(SAM) else 0)
+    if not task.model.startswith(TIMM):
+        return 3 * seen * multiply_adds(model_config(task.model.removesuffix(SAM)), task.size)
+    with torch.device("meta"):
+        model = timms_network(task.model)
+    return 3 * seen * multiply_adds_of(model, task.size)
 
 
-def _ours(task: Task) -> Work:
-    data = DataConfig("nowhere", task.size, task.size, "box", 0.08, 0, 0.0, 0.0, True, "squash", 32)
-    train = TrainConfig(epochs=1.0, batch_size=task.batch, device=task.device, precision=task.precision)
-    run = Run("bench", ModelConfig(task.model), data, OptimConfig(lr=0.1, clipping=0.01, warmup=1.0), train)
-    preprocessing = Preprocessing(task.size, "squash", 32, IMAGENET_MEAN, IMAGENET_STD)
-    learner = build_learner(run, CLASSES, Length(100.0, 1000.0), preprocessing)
-    if task.compiled:
-        learner.model.compile()
-    labels = torch.arange(task.batch, device=task.device) % CLASSES
-    batch = Batch(images(task), labels, torch.ones(task.batch, dtype=torch.bool), [])
-    taken = 0
+def size_of(model: str, which: str = "train") -> int:
+    """Side in pixels of the images that a network is trained ("train") or tested ("test") on.
 
-    def work() -> None:
-        nonlocal taken
-        learner.step(batch, taken, taken)
-        taken += 1
+    Of the paper's rivals it is the one of Table 3, of others of timm the one that its weights have.
 
-    return work
-
-
-def library() -> Any:
-    """The package timm. Raises UserError where it does not import."""
-    try:
-        import_module("timm.utils")
-        return import_module("timm")
-    except (ImportError, RuntimeError, OSError) as e:
-        raise UserError(f"networks of timm need timm and the torchvision that belongs to torch: {e}") from e
+    Raises:
+        UserError: no such network, or it does not say.
+    """
+    if which == "train" and (row := paper.row_of(model)) is not None:
+        return row.size
+    if not model.startswith(TIMM):
+        size: int = getattr(model_config(model.removesuffix(SAM)), f"{which}_size")
+        return size
+    known = library().get_pretrained_cfg(known_name(model))
+    shape = known and ((known.test_input_size if which == "test" else None) or known.input_size)
+    if not shape:
+        raise UserError(f"name the side of the images with --size: {model} does not say it")
+    return int(shape[-1])
 
 
-def _timms(task: Task) -> Work:
-    timm = library()
-    model: nn.Module = timm.create_model(task.model.removeprefix("timm:"), num_classes=CLASSES)
-    model.to(task.device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    forward: Any = torch.compile(model) if task.compiled else model
-    average = timm.utils.ModelEmaV3(model, decay=0.9999)
-    settings: dict[str, Any] = {"momentum": 0.9, "nesterov": True, "weight_decay": 2e-5}
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=task.fused or None, **settings)
-    nf = "nfnet" in task.model or "nf_" in task.model
-    mean, std = (torch.tensor(v, device=task.device).mul(255)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
-    x = images(task).float().sub(mean).div(std).contiguous(memory_format=torch.channels_last)
-    labels = torch.arange(task.batch, device=task.device) % CLASSES
-    dtype = PRECISIONS[task.precision]
+class _Ours:
+    def __init__(self, task: Task, group: Group) -> None:
+        name = task.model.removesuffix(SAM)
+        if task.remat != "none" and model_config(name).norm == "batch":
+            raise UserError(f"--remat is not for {name}: it would move the statistics of batch norm twice a step")
+        data = DataConfig("nowhere", task.size, task.size, "box", 0.08, 0, 0.0, 0.0, True, "squash", 32)
+        train = TrainConfig(
+            epochs=1.0,
+            batch_size=task.batch * group.world,
+            device=task.device,
+            precision=task.precision,
+            micro_batch=task.micro_batch,
+            remat=task.remat,
+        )
+        rho = 0.05 if task.model.endswith(SAM) else 0.0
+        optim = OptimConfig(
+            lr=RATE,
+            clipping=0.01,
+            warmup=0.0,
+            sam_rho=rho,
+            sam_every=_SAM_EVERY,
+            sam_shards=group.world,  # each device ascends by itself
+        )
+        run = Run("bench", ModelConfig(name), data, optim, train)
+        preprocessing = Preprocessing(task.size, "squash", 32, IMAGENET_MEAN, IMAGENET_STD)
+        self.learner = build_learner(run, CLASSES, Length(1000.0, 1000.0), preprocessing, group)
+        if task.compiled:
+            self.learner.model.compile(dynamic=False)  # one program a shape, and not one for all
+        labels = torch.arange(task.batch, device=task.device) % CLASSES
+        self._batch = Batch(images(task), labels, torch.ones(task.batch, dtype=torch.bool), [])
+        self._taken = 0
+        if group.world > 1:  # what fits is found while nobody waits for a sum, and is the same for all
+            self.learner.fit_memory(task.size)
+            self.learner.micro_batch = -group.agree(-(self.learner.micro_batch or task.batch))
 
-    def work() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(torch.device(task.device).type, dtype, enabled=dtype != torch.float32):
-            logits = forward(x)
-        F.cross_entropy(logits.float(), labels, label_smoothing=0.1).backward()
-        if nf:
-            timm.utils.agc.adaptive_clip_grad(timm.models.model_parameters(model, exclude_head=True), 0.01)
-        optimizer.step()
-        average.update(model)
+    @property
+    def micro_batch(self) -> int | None:
+        return self.learner.micro_batch
 
-    return work
+    def __call__(self) -> None:
+        self.learner.step(self._batch, self._taken, self._taken)
+        self._taken += 1
+
+    def is_finite(self) -> bool:
+        return is_finite(self.learner.model)

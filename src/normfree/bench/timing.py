@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -68,7 +69,22 @@ def ratio(own: Sequence[float], other: Sequence[float]) -> dict[str, float]:
 
 def conditions(device: torch.device) -> dict[str, Any]:
     """Hardware, versions, date and commit."""
-    commit = subprocess.run(  # noqa: S603 (the arguments are ours)
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str:
+    """As git describes it; nothing where there is no git."""
+    if shutil.which("git") is None:
+        return ""
+    found = subprocess.run(  # noqa: S603 (the arguments are ours)
         [  # noqa: S607
             "git",
             "-C",
@@ -83,15 +99,7 @@ def conditions(device: torch.device) -> dict[str, Any]:
         text=True,
         check=False,
     )
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip(),
-    }
+    return found.stdout.strip()
 
 
 def processor() -> str:

@@ -23,6 +23,8 @@ COMMANDS = {
 
 _OUT_OF_MEMORY = "normfree: out of memory; lower --train.batch-size, --train.eval-batch-size or --data.size ({})"
 
+_WORKER_DIED = "go on with --resume; if memory ran out, with a lower --data.workers"
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and leave with its exit code: 0 done, 1 failed, 2 misused, 130 interrupted."""
@@ -43,6 +45,10 @@ def _main(arguments: list[str]) -> int:
     if name not in COMMANDS:
         print(f"normfree: unknown command {name!r}{suggestion(name, COMMANDS) or _choices()}", file=sys.stderr)
         return 2
+    if name in ("evaluate", "predict") and os.environ.get("WORLD_SIZE", "1") != "1":
+        if os.environ.get("RANK", "0") == "0":
+            print(f"normfree: {name} takes one process: leave out torchrun", file=sys.stderr)
+        return 2
     try:
         code: int = import_module(f"normfree.cli.{name}").run(rest)
     except KeyboardInterrupt:
@@ -55,6 +61,9 @@ def _main(arguments: list[str]) -> int:
         print(f"normfree: {e}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as e:
+        if "DataLoader worker" in str(e):  # torch raises it wherever this process is when one of its workers dies
+            print(f"normfree: {str(e).strip().rstrip('.')}; {_WORKER_DIED}", file=sys.stderr)
+            return 1
         if not is_out_of_memory(e):
             raise
         print(_OUT_OF_MEMORY.format(str(e).partition("\n")[0]), file=sys.stderr)

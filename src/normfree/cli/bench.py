@@ -1,56 +1,26 @@
-"""normfree bench latency|optimizer|inference|startup."""
+"""normfree bench: which benchmark, and the short ones: optimizer, inference, startup."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-import torch
 import tyro
 from rich.table import Table
 
 from normfree.bench import inference, optimizer, startup, steps
-from normfree.bench.timing import Work, conditions, ratio, spread, take_turns
-from normfree.cli.common import check_device, parse, show, warn
-from normfree.config import UserError, suggestion
-from normfree.files import write_json
+from normfree.bench.timing import ratio, spread
+from normfree.cli import bench_costs, bench_latency, bench_table3
+from normfree.cli.bench_common import Measured, Precision, hand_over, place, turns
+from normfree.cli.common import parse, warn
+from normfree.config import suggestion
 from normfree.models import model_config
 from normfree.models.count import multiply_adds
-from normfree.recipes.choose import device
-from normfree.runlog import Screen
-
-Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass
-class _Common:
-    rounds: int = 20  # measured, in turns
-    device: str | None = None  # "cpu" or "cuda"
-    out: Path | None = None  # a JSON file with every number and its conditions
-    json: bool = False  # print that instead of a table
-
-
-@dataclass
-class _Latency(_Common):
-    """Time a whole training step (A.2): forward, loss, backward, AGC, update and average, images on the device.
-
-    Ratios are to the first network named, round by round.
-    """
-
-    models: Annotated[tuple[str, ...], tyro.conf.Positional] = ("nfnet_f0",)  # ours, or timm:NAME
-    size: int | None = None  # side of the images in pixels; the first network's training size if not given
-    batch: int = 32  # images of a step
-    precision: Precision = "fp32"  # of the maps
-    compiled: bool = False  # torch.compile of the network
-    fused: bool = False  # torch's fused SGD for timm's networks, instead of SGD as it comes
-
-
-@dataclass
-class _Optimizer(_Common):
+class _Optimizer(Measured):
     """Time clipping, update and average alone; with timm beside us, timm's AGC and average and torch's SGD."""
 
     model: Annotated[str, tyro.conf.Positional] = "nfnet_f0"
@@ -58,7 +28,7 @@ class _Optimizer(_Common):
 
 
 @dataclass
-class _Inference(_Common):
+class _Inference(Measured):
     """Time a forward pass: ours as it is and folded, timm's as it comes."""
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional] = ("nfnet_f0",)  # ours, or timm:NAME
@@ -69,76 +39,61 @@ class _Inference(_Common):
 
 
 @dataclass
-class _Startup(_Common):
+class _Startup(Measured):
     """Time imports and the command line's help, each in a process of its own."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Measure what the first argument says."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: normfree bench latency | optimizer | inference | startup    each with --help")
+        print(f"usage: normfree bench {' | '.join(_ACTIONS)}    each with --help")
         return 0
     action, rest = arguments[0], arguments[1:]
     if action not in _ACTIONS:
         warn(f"unknown action {action!r}{suggestion(action, _ACTIONS) or '; choose from ' + ', '.join(_ACTIONS)}")
         return 2
-    kind, works = _ACTIONS[action]
-    args: Any = parse(kind, f"bench {action}", rest)
-    if args.rounds < 1:
-        raise UserError("--rounds must be positive")
-    check_device(args.device)
-    where = torch.device(args.device or device()[0])
-    with Screen(sys.stderr).progress(args.rounds, 0) as line:
-        seconds = take_turns(works(args, str(where)), args.rounds, where, told=line.advance)
-    first = next(iter(seconds))
+    kind, measure = _ACTIONS[action]
+    return measure(parse(kind, f"bench {action}", rest), " ".join(["normfree bench", *arguments]))
+
+
+def _optimizer(args: _Optimizer, command: str) -> int:
+    where = place(args)
+    seconds = turns(optimizer.works(args.model, str(where), not args.alone), args.rounds, where)
+    return _hand_over(args, command, seconds)
+
+
+def _startup(args: _Startup, command: str) -> int:
+    return _hand_over(args, command, turns(startup.works(), args.rounds, place(args)))
+
+
+def _inference(args: _Inference, command: str) -> int:
+    where, size = place(args), args.size or steps.size_of(args.models[0], "test")
+    works = {}
+    for name in args.models:
+        task = steps.Task(name, size, args.batch, args.precision, str(where), args.compiled)
+        if not name.startswith(steps.TIMM):
+            works[f"{name}, folded"] = inference.forward(task)
+        works[name] = inference.forward(task, folded=False)
+    return _hand_over(args, command, turns(works, args.rounds, where), size)
+
+
+def _hand_over(args: Any, command: str, seconds: dict[str, list[float]], size: int | None = None) -> int:
+    first = next(iter(seconds.values()))
     rows = [
-        {"name": name, "seconds": spread(found), "to_first": ratio(found, seconds[first]), **_more(args, name, found)}
+        {"name": name, "seconds": spread(found), "to_first": ratio(found, first)} | _per_image(args, name, found, size)
         for name, found in seconds.items()
     ]
-    result = {"command": " ".join(["normfree bench", *arguments]), "n": args.rounds, "rows": rows} | conditions(where)
-    if args.out is not None:
-        write_json(args.out, result)
-    if args.json:
-        print(json.dumps(result))
-    else:
-        show(_table(rows))
-    return 0
+    return hand_over(args, command, place(args), {"rows": rows}, _table(rows))
 
 
-def _latency(args: Any, where: str) -> dict[str, Work]:
-    size = args.size or _size(args.models[0], "train_size")
-    tasks = {m: steps.Task(m, size, args.batch, args.precision, where, args.compiled, args.fused) for m in args.models}
-    return {name: steps.step(task) for name, task in tasks.items()}
-
-
-def _inference(args: Any, where: str) -> dict[str, Work]:
-    size, found = args.size or _size(args.models[0], "test_size"), {}
-    for name in args.models:
-        task = steps.Task(name, size, args.batch, args.precision, where, args.compiled)
-        if not name.startswith("timm:"):
-            found[f"{name}, folded"] = inference.forward(task)
-        found[name] = inference.forward(task, folded=False)
-    return found
-
-
-def _size(model: str, which: str) -> int:
-    if model.startswith("timm:"):
-        raise UserError(f"name the side of the images with --size: {model} does not say it here")
-    size: int = getattr(model_config(model), which)
-    return size
-
-
-def _more(args: Any, name: str, seconds: list[float]) -> dict[str, float]:
+def _per_image(args: Any, name: str, seconds: list[float], size: int | None) -> dict[str, float]:
     """Images a second, and of ours multiply-adds a second, where there are images."""
-    if not hasattr(args, "batch"):
+    if size is None:
         return {}
     per_second = args.batch / spread(seconds)["median"]
     found = {"images_per_second": per_second}
-    model = name.removesuffix(", folded")
-    if not model.startswith("timm:"):
-        training = isinstance(args, _Latency)
-        size = args.size or _size(args.models[0], "train_size" if training else "test_size")
-        work = multiply_adds(model_config(model), size) * (3 if training else 1)  # backward is twice forward
+    if not name.startswith(steps.TIMM):
+        work = multiply_adds(model_config(name.removesuffix(", folded")), size)
         found["multiply_adds_per_second"] = per_second * work
     return found
 
@@ -152,9 +107,14 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-_ACTIONS: dict[str, tuple[type, Callable[[Any, str], dict[str, Work]]]] = {
-    "latency": (_Latency, _latency),
-    "optimizer": (_Optimizer, lambda args, where: optimizer.works(args.model, where, not args.alone)),
+# what it takes, and what measures it: given the options and the command as typed, it returns the exit code
+_ACTIONS: dict[str, tuple[type, Callable[[Any, str], int]]] = {
+    "latency": (bench_latency.Latency, bench_latency.latency),
+    "table3": (bench_table3.Table3, bench_table3.table3),
+    "optimizer": (_Optimizer, _optimizer),
     "inference": (_Inference, _inference),
-    "startup": (_Startup, lambda _args, _where: startup.works()),
+    "startup": (_Startup, _startup),
+    "input": (bench_costs.Input, bench_costs.run_input),
+    "memory": (bench_costs.Memory, bench_costs.run_memory),
+    "growth": (bench_costs.Growth, bench_costs.run_growth),
 }

@@ -17,6 +17,12 @@ from normfree.data.jpeg import SCALES, SMALLEST, JpegHeader, decode_jpeg, read_h
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS = 100_000_000  # a phone's largest panorama; checked on the header, before anything is decoded
+MAX_SIDE = 65_535  # as JPEG has it
+# pixels times scans of a JPEG, each of which goes through all of the picture: some ten seconds of a core
+_MAX_WORK = 10_000_000_000
+_MAX_TILE = 1 << 24  # pixels of a tile of a TIFF, where its picture has not a quarter of them
+_SCAN, _LEAST_SCAN = b"\xff\xda", 10  # a scan's marker, which pixels never look like; bytes of the shortest scan
+_TILE_SIDES = (322, 323)  # tags of a TIFF
 
 
 _TURNS = {  # EXIF orientation (tag 0x0112): what undoes it
@@ -42,7 +48,7 @@ def image_size(content: bytes) -> tuple[int, int]:
     """
     header = read_header(content)
     if header and not header.metadata:
-        _check_size(header.width, header.height)
+        _check_jpeg(content, header.width, header.height)
         return header.width, header.height
     with _as_bad_image("header"):
         image = _open(content)
@@ -60,7 +66,8 @@ def decode(content: bytes, scale: int = 1) -> NDArray[np.uint8]:
             rounded up, which costs less; of others nothing changes.
 
     Raises:
-        BadImage: not an image of `FORMATS`, larger than `MAX_PIXELS`, or broken; truncated files are broken.
+        BadImage: not an image of `FORMATS`, larger than `MAX_PIXELS` or `MAX_SIDE`, asking for far more work than an
+            image of its size, or broken; truncated files are broken.
     """
     if scale not in SCALES:
         raise ValueError(f"scale must be one of {SCALES}, not {scale}")
@@ -70,7 +77,7 @@ def decode(content: bytes, scale: int = 1) -> NDArray[np.uint8]:
 
 
 def _decode_ordinary(content: bytes, header: JpegHeader, scale: int) -> NDArray[np.uint8] | None:
-    _check_size(header.width, header.height)
+    _check_jpeg(content, header.width, header.height)
     orientation = 1
     if header.metadata:
         with _as_bad_image("header"):
@@ -117,15 +124,39 @@ def _open(content: bytes) -> Image.Image:
     if not content:
         raise BadImage("the file is empty")
     image = Image.open(io.BytesIO(content), formats=FORMATS)
-    _check_size(image.width, image.height)
+    if image.format in ("JPEG", "MPO"):
+        _check_jpeg(content, image.width, image.height)
+    else:
+        _check_size(image.width, image.height)
+    if image.format == "TIFF":
+        _check_tile(image)
     return image
 
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise BadImage(f"{width}x{height} is over the limit of {MAX_PIXELS // 10**6} million pixels")
+    if max(width, height) > MAX_SIDE:
+        raise BadImage(f"{width}x{height} is over the limit of {MAX_SIDE} pixels a side")
     if width * height == 0:
         raise BadImage(f"{width}x{height} has no pixels")
+
+
+def _check_jpeg(content: bytes, width: int, height: int) -> None:
+    """The size, and that there are not thousands of scans."""
+    _check_size(width, height)
+    if len(content) // _LEAST_SCAN * width * height <= _MAX_WORK:  # it cannot have so many, which need not be counted
+        return
+    if (scans := content.count(_SCAN)) * width * height > _MAX_WORK:
+        raise BadImage(f"{scans} scans of {width}x{height} are over the limit of {_MAX_WORK // 10**9} thousand million")
+
+
+def _check_tile(image: Image.Image) -> None:
+    """A tile is decoded whole, however little of it the picture covers."""
+    tags = getattr(image, "tag_v2", {})
+    width, height = (tags.get(tag, 1) for tag in _TILE_SIDES)
+    if width * height > max(_MAX_TILE, 4 * image.width * image.height):
+        raise BadImage(f"a tile of {width}x{height} is over the limit for {image.width}x{image.height}")
 
 
 def _orientation(image: Image.Image) -> int:

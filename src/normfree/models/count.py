@@ -32,7 +32,13 @@ def parameters(config: NetworkConfig) -> int:
 def multiply_adds(config: NetworkConfig, size: int) -> int:
     """Of the forward pass of one image of size x size pixels: convolutions and linear layers, as the paper counts."""
     with torch.device("meta"):
-        model, image = Network(config).eval(), torch.empty(1, config.in_chans, size, size)
+        model = Network(config)
+    return multiply_adds_of(model, size, config.in_chans)
+
+
+def multiply_adds_of(model: torch.nn.Module, size: int, in_chans: int = 3) -> int:
+    """The same of any network that is on the meta device; it is in evaluation afterwards."""
+    model.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(image)
+        model(torch.empty(1, in_chans, size, size, device="meta"))
     return int(counter.get_total_flops()) // 2

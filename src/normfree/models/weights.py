@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from normfree.config import UserError, from_dict, suggestion
-from normfree.files import write_atomic
+from normfree.files import open_plain, parse_json, write_atomic
 from normfree.models.exchange import (
     State,
     authors_build,
@@ -35,6 +35,7 @@ from normfree.models.exchange import (
 from normfree.models.families import NetworkConfig
 from normfree.models.fold import fold
 from normfree.models.network import Network
+from normfree.models.torch_file import check_torch_file
 from normfree.models.unpickle import read_haiku, write_haiku
 
 _KEY = "normfree"  # of the header's entry, a JSON object: {"model": .., "config": {..}, "classes": [..], ..}
@@ -97,12 +98,13 @@ def read_weights(path: Path) -> tuple[State, dict[str, Any]]:
         UserError: no such file, or not a whole safetensors file.
     """
     try:
+        open_plain(path).close()  # safe_open would wait for a pipe
         with safe_open(path, "pt") as f:
-            about = json.loads((f.metadata() or {}).get(_KEY, "{}"))
+            about = parse_json((f.metadata() or {}).get(_KEY, "{}"))
             return {name: f.get_tensor(name) for name in f.keys()}, about  # noqa: SIM118 (not a dict)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (SafetensorError, ValueError, OSError, RecursionError) as e:
+    except (SafetensorError, ValueError, OSError) as e:
         raise UserError(f"{path} is not a whole safetensors file: {e}") from e
 
 
@@ -115,7 +117,7 @@ def read_tensors(path: Path) -> State:
         UserError: no such file, none of these, or a file that asks for something to be executed.
     """
     try:
-        with open(path, "rb") as f:
+        with open_plain(path) as f:
             start = f.read(16)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
@@ -134,8 +136,9 @@ def read_tensors(path: Path) -> State:
 
 def _read_torch(path: Path) -> State:
     try:
-        with open(path, "rb") as f, warnings.catch_warnings():  # opened here: torch goes by some suffixes
+        with open_plain(path) as f, warnings.catch_warnings():  # opened here: torch goes by some suffixes
             warnings.simplefilter("ignore")
+            check_torch_file(f)
             found = torch.load(f, map_location="cpu", weights_only=True)
     except Exception as e:  # a broken file may fail in any way, and ask for any amount
         lines = str(e).strip().splitlines() or [type(e).__name__]
@@ -273,13 +276,14 @@ def read_header(path: Path) -> Any:
         UserError: the header is broken.
     """
     try:
-        return json.loads(_header(path) or "{}")
-    except (ValueError, RecursionError) as e:
+        return parse_json(_header(path) or "{}")
+    except ValueError as e:
         raise UserError(f"{path} is not a whole safetensors file: {e}") from e
 
 
 def _header(path: Path) -> str | None:
     try:
+        open_plain(path).close()
         with safe_open(path, "pt") as f:
             text: str | None = (f.metadata() or {}).get(_KEY)
             return text

@@ -6,7 +6,9 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from normfree.optim.shards import is_sharded, local_parts
 
 
 class EMA:
@@ -16,11 +18,18 @@ class EMA:
     t is about 9 / (1 - decay): with the paper's 0.99999 throughout its 112,602 steps. The copy is a module of its own,
     `ema.module`, in evaluation mode: weights are never swapped. Buffers of floats, such as the running statistics of
     batch norm, are averaged too, as in the authors' code; others are copied.
+
+    Before a model is sharded, make the average; then shard `ema.module` in the same way. Each rank averages its rows.
+
+    Raises:
+        ValueError: decay is not in [0, 1], or the model is sharded already.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.99999) -> None:
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"decay must be in [0, 1], not {decay}")
+        if any(is_sharded(p) for p in model.parameters()):
+            raise ValueError("make the average of the whole model, then shard the model and ema.module in the same way")
         self.decay, self.updates = decay, 0
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
 
@@ -31,8 +40,8 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Move towards the weights of the model, once a step, after the optimizer."""
-        averages: list[Tensor] = list(self.module.parameters())
-        weights: list[Tensor] = list(model.parameters())
+        averages = local_parts(list(self.module.parameters()))
+        weights = local_parts(list(model.parameters()))
         torch._foreach_lerp_(averages, weights, 1.0 - self.decay_at(self.updates))
         for average, value in zip(self.module.buffers(), model.buffers(), strict=True):
             if average.is_floating_point():

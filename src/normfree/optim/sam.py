@@ -12,7 +12,8 @@ The weights take a step of length rho up the gradient, the gradient there is use
         optimizer.step()
 
 The paper found it best where each device ascends along its own gradient. One device mimics many by accumulation: repeat
-both blocks for every part of the batch, and step once.
+both blocks for every part of the batch, and step once. Weights may be sharded: all ranks then ascend together, along
+the gradient that `fully_shard` averaged over them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from normfree.optim.shards import local_parts, whole_norms
 
 
 class SAM:
@@ -40,7 +43,7 @@ class SAM:
             raise ValueError(f"rho must be positive, not {rho}")
         self.rho = rho
         self.parameters = [p for p in parameters if p.requires_grad]
-        self._saved: list[tuple[Tensor, Tensor]] = []  # weights and their copies, while they are away
+        self._saved: list[tuple[Tensor, Tensor]] = []  # weights and copies of what is here, while they are away
 
     @contextmanager
     def ascent(self) -> Iterator[None]:
@@ -84,16 +87,26 @@ class SAM:
         if not moved:
             raise RuntimeError("no gradient was computed in ascent()")
         gradients = [p.grad for p in moved if p.grad is not None]
-        norms = torch.stack([n.double() for n in torch._foreach_norm(gradients)])
-        step = self.rho / torch.linalg.vector_norm(norms).clamp_min(1e-12)
-        self._saved = [(p, p.clone()) for p in moved]
-        torch._foreach_add_(moved, torch._foreach_mul(gradients, step))
+        step = self.rho / _length(gradients).clamp_min(1e-12)
+        rows = local_parts(moved)
+        self._saved = [(p, w.clone()) for p, w in zip(moved, rows, strict=True)]
+        torch._foreach_add_(rows, torch._foreach_mul(local_parts(gradients), step))
         torch.clear_autocast_cache()  # it holds weights as they were
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put the weights back to what they were, bit for bit: by their copies, not by subtracting."""
         if self._saved:
-            torch._foreach_copy_([p for p, _ in self._saved], [copy for _, copy in self._saved])
+            torch._foreach_copy_(local_parts([p for p, _ in self._saved]), [copy for _, copy in self._saved])
             torch.clear_autocast_cache()
         self._saved = []
+
+
+def _length(gradients: list[Tensor]) -> Tensor:
+    """The Euclidean norm of all gradients together, float64; of sharded ones over all ranks, in one collective."""
+    whole = whole_norms(gradients)
+    here = [g for g in gradients if id(g) not in whole]
+    norms = [n.double() for n in torch._foreach_norm(here)] if here else []
+    norms += [n.double().reshape(()) for n in whole.values()]
+    length: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return length

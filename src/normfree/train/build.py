@@ -17,18 +17,24 @@ from normfree.data.loader import train_batches
 from normfree.data.mix import MixUpCutMix
 from normfree.data.randaugment import RandAugment
 from normfree.data.sources import Source
+from normfree.distributed import Group
 from normfree.models import Network, create_model, parse_options
+from normfree.nn.fused import fuse_activations
 from normfree.optim import AGCSGD, EMA, LARS, SAM, param_groups
 from normfree.train.length import Length
 from normfree.train.step import Learner
 
 
-def build_learner(run: Run, classes: int, length: Length, preprocessing: Preprocessing) -> Learner:
+def build_learner(
+    run: Run, classes: int, length: Length, preprocessing: Preprocessing, group: Group | None = None
+) -> Learner:
     """A learner at its start; the weights are drawn from torch's generator, seeded with the run's seed."""
     torch.manual_seed(run.train.seed)
     o, t = run.optim, run.train
     model = _network(run.model, classes).to(device=t.device).train()
     model.remat = t.remat
+    if t.compile:
+        compile_network(model)
     return Learner(
         model,
         EMA(model, o.ema_decay),
@@ -41,7 +47,23 @@ def build_learner(run: Run, classes: int, length: Length, preprocessing: Preproc
         micro_batch=t.micro_batch,
         scaler=torch.amp.GradScaler(t.device.partition(":")[0]) if t.precision == "fp16" else None,
         sam=SAM(model.parameters(), o.sam_rho) if o.sam_rho > 0 else None,
+        group=Group.alone() if group is None else group,
     )
+
+
+def compile_network(model: Network) -> None:
+    """On a CPU its activations; elsewhere all of its forward and backward passes, replayed as CUDA graphs.
+
+    Raises:
+        UserError: torch.compile does not work here.
+    """
+    if model.fc.weight.device.type != "cpu":
+        model.compile(mode="reduce-overhead")
+        return
+    try:
+        fuse_activations(model)
+    except Exception as e:  # whatever the compiler and its absence may raise
+        raise UserError(f"--train.compile does not work here: {e}") from e
 
 
 def eval_preprocessing(run: Run) -> Preprocessing:
@@ -111,7 +133,7 @@ def _optimizer(o: OptimConfig, model: Network) -> torch.optim.Optimizer:
         return LARS(groups, lr=o.lr, momentum=o.momentum)
     if o.kind == "adamw":
         return torch.optim.AdamW(groups, lr=o.lr)
-    return AGCSGD(groups, lr=o.lr, momentum=o.momentum, nesterov=o.nesterov, clipping=clipping, eps=o.eps)
+    return AGCSGD(groups, o.lr, o.momentum, o.nesterov, clipping=clipping, eps=o.eps, skip_nonfinite=True)
 
 
 def _overrides(o: OptimConfig, model: Network, clipping: float | None) -> dict[str, float | None]:

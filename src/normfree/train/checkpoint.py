@@ -7,16 +7,17 @@ So a process that is killed at any instant leaves at least the checkpoint before
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from normfree.config import UserError
-from normfree.files import sha256, sync_folder, write_atomic, write_json
+from normfree.distributed import Group
+from normfree.files import read_json, sha256, sync_folder, write_atomic, write_json
 
 _FILES = ("state.safetensors", "state.json")
 
@@ -89,21 +90,42 @@ def _clear(folder: Path) -> None:
             left.unlink(missing_ok=True)
 
 
-def load_checkpoint(folder: Path) -> Checkpoint:
-    """The newest whole checkpoint of a folder.
+def load_checkpoint(folder: Path, group: Group | None = None) -> Checkpoint:
+    """The newest whole checkpoint of a folder; with a group, the newest that all of its processes read alike.
 
     Raises:
         UserError: there is none; the message says what is wrong with each.
     """
+    group = Group.alone() if group is None else group
     rejected: list[str] = []
-    for path in _steps(folder):
-        problem = _problem(path)
+    for name in group.broadcast([path.name for path in _steps(folder)]):
+        path = folder / name
+        problem = _shared_problem(path, group)
         if problem is None:
-            state = json.loads((path / _FILES[1]).read_bytes())
-            return Checkpoint(load_file(path / _FILES[0]), state, rejected)
+            try:
+                return Checkpoint(*_read(path), rejected)
+            except (OSError, ValueError, SafetensorError) as e:  # as it was written: its checksum is right
+                problem = f"it cannot be read: {e}"
         rejected.append(f"{path.name}: {problem}")
     found = f": {'; '.join(rejected)}" if rejected else ""
     raise UserError(f"{folder} has no whole checkpoint{found}")
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, state = load_file(path / _FILES[0]), read_json(path / _FILES[1])
+    if not isinstance(state, dict):
+        raise ValueError(f"{_FILES[1]} is no object")
+    return tensors, state
+
+
+def _shared_problem(path: Path, group: Group) -> str | None:
+    """What is wrong with a checkpoint for some process, or None."""
+    problem = _problem(path)
+    found = group.gather([problem, "" if problem else sha256(path / "manifest.json")])
+    problems = [why if group.world == 1 else f"process {rank}: {why}" for rank, (why, _) in enumerate(found) if why]
+    if not problems and any(checksum != found[0][1] for _, checksum in found):
+        problems = ["it is not the same for all processes"]
+    return problems[0] if problems else None
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -118,14 +140,16 @@ def _steps(folder: Path) -> list[Path]:
 def _problem(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        manifest = json.loads((path / "manifest.json").read_bytes())
+        manifest = read_json(path / "manifest.json")
+        if set(manifest) != set(_FILES):
+            return "the manifest is of other files"
         for name in _FILES:
             if (path / name).stat().st_size != manifest[name]["size"]:
-                return f"{name} has {(path / name).stat().st_size} bytes, not {manifest[name]['size']}"
+                return f"{name} has {(path / name).stat().st_size} bytes, not {str(manifest[name]['size'])[:20]}"
             if sha256(path / name) != manifest[name]["sha256"]:
                 return f"{name} does not have its checksum"
     except FileNotFoundError as e:
         return f"{Path(str(e.filename)).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+    except (OSError, ValueError, KeyError, TypeError) as e:
         return f"the manifest cannot be read: {e}"
     return None

@@ -16,7 +16,7 @@ from normfree.models.weights import load_model
 from normfree.report import Findings, write_report
 from normfree.runlog import duration, percent
 from normfree.train.build import first_images
-from normfree.train.loop import Job, State
+from normfree.train.job import Job, State
 
 
 def finish(job: Job, state: State) -> dict[str, Any]:

@@ -4,84 +4,40 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from normfree.config import Run, UserError, check_ranges, flat, settings_hash
-from normfree.data.crop import TrainCrop
+from normfree.config import Run, UserError, check_ranges, flat, is_out_of_memory, settings_hash
 from normfree.data.loader import Batch, Loading, train_batches
 from normfree.data.sources import ArraySource, Source, fingerprint, several_labels
-from normfree.evaluate import Interrupted, infer_all, score
+from normfree.distributed import Group
 from normfree.files import write_json
 from normfree.models import Network, model_config, parse_options, with_options
 from normfree.models.download import find_weights
-from normfree.models.weights import describe, save_weights
 from normfree.nn.loss import balanced_weights
-from normfree.runlog import ProgressLine, Screen, duration, percent
+from normfree.runlog import ProgressLine, Screen
 from normfree.train.build import build_learner, eval_preprocessing, lambdas_by_name, train_crop, unclipped_names
-from normfree.train.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
+from normfree.train.checkpoint import Checkpoint, has_checkpoint, load_checkpoint, save_checkpoint
+from normfree.train.evaluation import evaluate
+from normfree.train.job import Diverged, Job, State, Stopped, diagnosis, is_dealt, note_bad
 from normfree.train.length import run_length
 from normfree.train.record import RunFolder
-from normfree.train.signals import StopRequest
-from normfree.train.step import Learner, Outcome
+from normfree.train.sharded import full_tensors
+from normfree.train.share import check_share
+from normfree.train.signals import StopRequest, exit_code
+from normfree.train.step import Outcome
+
+_NO_LIMIT = 2**62  # images
+_IN_A_ROW = 5  # steps that are not finite, until the run goes back to its last checkpoint
+_ATTEMPTS = 3  # times that it goes back
 
 
-class Diverged(UserError):
-    """The loss is not finite."""
-
-
-class Stopped(Exception):
-    """The run was asked to stop, and saved a checkpoint first; `exit_code` is what the process should end with."""
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__("stopped by a signal")
-        self.exit_code = exit_code
-
-
-@dataclass
-class State:
-    """What a checkpoint holds beside the tensors."""
-
-    step: int = 0  # optimizer steps done
-    taken: int = 0  # batches used for them: more, where float16 overflowed and a step was left out
-    micro_batch: int | None = None  # images at once
-    loss_scale: dict[str, float] = field(default_factory=dict)  # of float16
-    clipped: dict[str, list[int]] = field(default_factory=dict)  # units clipped and looked at since the last evaluation
-    evaluated: int = -1  # the step of the last evaluation
-    best: tuple[float, float] = (-1.0, 0.0)  # (top-1 or average precision, -loss) of the best weights so far
-    best_is: str = ""  # "raw" or "ema", and the step
-    seconds: float = 0.0  # spent in the loop
-    line_seconds: float = 0.0  # of them, until the last line or evaluation
-    sums: list[float] = field(default_factory=lambda: [0.0] * 4)  # as Learner.step returns, since the last line
-    images: int = 0  # behind the sums
-    bad: dict[str, str] = field(default_factory=dict)  # reason by name of training images that could not be read
-    bad_val: dict[str, str] = field(default_factory=dict)  # and of validation images
-    last: dict[str, dict[str, float]] = field(default_factory=dict)  # scores of the last evaluation, raw and ema
-    data: str = ""  # fingerprints of the sources, so that a resumed run sees the same samples
-    settings: str = ""  # hash of the settings, so that a resumed run has the same
-
-
-@dataclass
-class Job:
-    """What does not change during a run."""
-
-    run: Run
-    folder: RunFolder
-    train: Source
-    val: Source
-    crop: TrainCrop
-    learner: Learner
-    total: int  # steps
-    evaluate_at: frozenset[int]  # steps
-    screen: Screen
-
-
-def check_run(run: Run, train: Source) -> None:
-    """Settings that are each in range can still not go together, or not with these training images.
+def check_run(run: Run, train: Source, world: int = 1) -> None:
+    """Settings that are each in range can still not go together, or not with these training images and processes.
 
     Raises:
         UserError: says which.
@@ -98,6 +54,7 @@ def check_run(run: Run, train: Source) -> None:
     train_crop(run)
     if run.train.batch_size > len(train):
         raise UserError(f"train.batch_size {run.train.batch_size} is more than the {len(train)} training images")
+    check_share(run, world, model.config.norm == "batch")
     if several_labels(train) and o.loss != "sigmoid":
         raise UserError("images with several labels need --optim.loss sigmoid")
     if o.class_weights == "balanced" and o.loss == "sigmoid":
@@ -108,14 +65,15 @@ def check_run(run: Run, train: Source) -> None:
         raise UserError("optim.sam_every must be odd, so that the ascent sees MixUp (even slots) and CutMix (odd ones)")
 
 
-def prepare(run: Run, folder: RunFolder, train: Source, val: Source, screen: Screen) -> Job:
+def prepare(run: Run, folder: RunFolder, train: Source, val: Source, screen: Screen, group: Group | None = None) -> Job:
     """Build the learner and lay out the steps."""
+    group = Group.alone() if group is None else group
     length = run_length(run, len(train))
-    learner = build_learner(run, len(train.classes), length, eval_preprocessing(run))
+    learner = build_learner(run, len(train.classes), length, eval_preprocessing(run), group)
     if run.optim.class_weights == "balanced":
         weights = balanced_weights(torch.from_numpy(train.labels), len(train.classes))
         learner.class_weights = weights.to(run.train.device)
-    return Job(run, folder, train, val, train_crop(run), learner, length.total, length.evaluate_at(), screen)
+    return Job(run, folder, train, val, train_crop(run), learner, length.total, length.evaluate_at(), screen, group)
 
 
 def fit(job: Job, state: State) -> State:
@@ -125,65 +83,147 @@ def fit(job: Job, state: State) -> State:
         Stopped: by a signal, after saving.
         Diverged: the loss is not finite; the last checkpoint is from before.
     """
+    if is_dealt(job):
+        job.learner.shard()
+    fit_memory(job)
     began = time.monotonic() - state.seconds
     sums = torch.tensor(state.sums, dtype=torch.float64, device=job.run.train.device)
     batches = _batches(job, state.taken)
     waited = 0.0  # for batches, since the last line
-    with StopRequest() as stop, job.screen.progress(job.total, state.step) as line:
+    bad: list[tuple[int, str]] = []  # training images that could not be read, since others were told
+    with StopRequest(deaf=job.group.world > 1) as stop, job.screen.progress(job.total, state.step) as line:
         while True:
-            evaluated = state.step in job.evaluate_at and state.evaluated != state.step
-            if evaluated:
-                _evaluate(job, state, lambda: stop.received is not None)
-                state.line_seconds = time.monotonic() - began
-            if evaluated or stop.received is not None:
-                state.seconds, state.sums = time.monotonic() - began, sums.tolist()
-                _save(job, state)
-            if stop.received is not None:
-                raise Stopped(stop.exit_code)
+            due = state.step in job.evaluate_at and state.evaluated != state.step
+            if due:
+                evaluate(job, state, lambda: stop.received is not None)
+                state.line_seconds = state.seconds = time.monotonic() - began
+                _save(job, state, sums, bad)
+            waiting = time.monotonic()
+            over = state.step == job.total or stop.received is not None
+            batch = None if over else next(batches, None)
+            waited += time.monotonic() - waiting
+            if number := job.group.agree(stop.received or 0):
+                state.seconds = time.monotonic() - began
+                if not due:
+                    _save(job, state, sums, bad)
+                raise Stopped(exit_code(number))
             if state.step == job.total:
                 return state
-            waiting = time.monotonic()
-            batch = next(batches, None)
-            waited += time.monotonic() - waiting
-            if batch is None:  # float16 left out as many steps as were due
-                raise Diverged(_diagnosis(job, state))
+            if batch is None:  # as many steps were left out as were due
+                raise Diverged(diagnosis(job, state))
             outcome = _step(job, batch, state)
             state.taken += 1
-            _note_bad(job, job.train, batch.bad, state.bad)
+            bad += batch.bad
+            if job.group.world == 1:
+                _tell_bad(job, state, bad)
             if not outcome.applied:
+                if _leave_out(job, state):
+                    sums = torch.tensor(state.sums, dtype=torch.float64, device=sums.device)
                 continue
+            state.in_a_row = 0
             sums += outcome.sums
             state.step, state.images = state.step + 1, state.images + job.run.train.batch_size
             line.advance(state.step)
             if state.step % job.run.train.log_every == 0 or state.step in job.evaluate_at:
                 state.seconds = time.monotonic() - began
-                _log(job, state, sums.tolist(), waited, line)
+                _tell_bad(job, state, bad)
+                _log(job, state, _whole(job, sums.tolist()), waited, line)
                 sums.zero_()
                 state.images, state.line_seconds, waited = 0, state.seconds, 0.0
 
 
+def fit_memory(job: Job) -> None:
+    """Settle how many images are computed at once, the same for all processes, before they wait for one another."""
+    learner, t, before = job.learner, job.run.train, job.learner.micro_batch
+    if before is None and t.shards is None and not t.sharded and (job.group.world > 1 or t.device.startswith("cuda")):
+        learner.fit_memory(job.run.data.size)
+    found = [n for n in (learner.micro_batch, job.folder.read_micro_batch()) if n is not None]
+    fits = -job.group.agree(-min(found, default=_NO_LIMIT))
+    learner.micro_batch = fits if fits < _NO_LIMIT else None
+    if learner.micro_batch != before:
+        job.screen.say(f"{fits} images at once on each device, added up to the batch")
+
+
 def _step(job: Job, batch: Batch, state: State) -> Outcome:
-    """A step, and a word if the batch had to be split."""
+    """A step, and a word if the batch had to be split.
+
+    Raises:
+        UserError: memory ran out, while other processes wait; half as many images at once are noted for the next start.
+    """
     before = job.learner.micro_batch
-    outcome = job.learner.step(batch, state.taken, state.step)
+    try:
+        outcome = job.learner.step(batch, state.taken, state.step)
+    except (RuntimeError, MemoryError) as e:
+        if job.group.world == 1 or not is_out_of_memory(e):
+            raise
+        raise UserError(_out_of_memory(job)) from e
     if job.learner.micro_batch != before:
         job.screen.say(f"out of memory: from here on {job.learner.micro_batch} images at once, added up to the batch")
     return outcome
 
 
+def _leave_out(job: Job, state: State) -> bool:
+    """Count a step whose loss or gradient was not finite; whether that led the run back to its last checkpoint.
+
+    The run goes on behind the batches that it failed on, with draws of its own: a mere replay would fail again.
+
+    Raises:
+        Diverged: there is no checkpoint, or going back has not helped.
+    """
+    state.skipped, state.in_a_row = state.skipped + 1, state.in_a_row + 1
+    if state.in_a_row < _IN_A_ROW or job.run.train.precision == "fp16":  # where the scale falls until it fits
+        return False
+    if state.attempt == _ATTEMPTS or not job.group.broadcast(has_checkpoint(job.folder.checkpoints)):
+        raise Diverged(diagnosis(job, state))
+    failed, checkpoint = state.step, load_checkpoint(job.folder.checkpoints, job.group)
+    kept = {name: getattr(state, name) for name in ("taken", "skipped", "bad", "bad_val")}
+    vars(state).update(vars(_state_of(checkpoint)) | kept | {"attempt": state.attempt + 1, "in_a_row": 0})
+    _restore(job, state, checkpoint.tensors)
+    job.screen.say(
+        f"{_IN_A_ROW} steps in a row were not finite at step {failed}: back to step {state.step}, and on with the "
+        f"images behind them ({state.attempt} of {_ATTEMPTS} times)"
+    )
+    return True
+
+
+def _out_of_memory(job: Job) -> str:
+    t = job.run.train
+    where = f"out of memory in a step of process {job.group.rank}"
+    if t.shards is not None:
+        return f"{where}; raise --train.shards (now {t.shards}), or lower --train.batch-size, in a new run"
+    at_once = job.learner.at_most(len(job.learner.share(t.batch_size).slots))
+    half = max(1, min(job.learner.micro_batch or at_once, at_once) // 2)
+    job.folder.write_micro_batch(half)
+    return f"{where}; with --resume the run goes on from its last checkpoint with {half} images at once"
+
+
+def _tell_bad(job: Job, state: State, bad: list[tuple[int, str]]) -> None:
+    """Let all processes know which images each could not read, so that they agree whether there are too many."""
+    note_bad(job, job.train, [entry for part in job.group.gather(bad) for entry in part], state.bad)
+    bad.clear()
+
+
+def _whole(job: Job, sums: list[float]) -> list[float]:
+    """The sums of a step's whole batch, of what `Learner.step` returned on each process."""
+    if job.run.train.shards is not None:
+        return sums
+    return job.group.sums(sums[:2]) + sums[2:]
+
+
 def _batches(job: Job, start: int) -> Iterator[Batch]:
     d, t = job.run.data, job.run.train
-    # float16 may leave steps out, which are made up for with further batches
-    steps = range(start, 2 * job.total if t.precision == "fp16" else job.total)
+    # steps may be left out, which are made up for with further batches
+    steps = range(start, 2 * job.total + _IN_A_ROW * (_ATTEMPTS + 1))
     loading = Loading(d.workers, t.device.startswith("cuda"), d.timeout)
-    read, device = t.batch_size * job.learner.augment.reads, torch.device(t.device)
-    return train_batches(job.train, job.crop, t.seed, read, steps, loading, device=device)
+    reads, own, device = job.learner.augment.reads, job.learner.share(t.batch_size).slots, torch.device(t.device)
+    slots = range(own.start * reads, own.stop * reads)
+    return train_batches(job.train, job.crop, t.seed, t.batch_size * reads, steps, loading, slots, device)
 
 
 def _log(job: Job, state: State, sums: list[float], waited: float, line: ProgressLine) -> None:
     loss, hits, clipped, units = sums
     if not math.isfinite(loss):
-        raise Diverged(_diagnosis(job, state))
+        raise Diverged(diagnosis(job, state))
     seconds = state.seconds - state.line_seconds
     numbers: dict[str, Any] = {
         "kind": "train",
@@ -197,7 +237,8 @@ def _log(job: Job, state: State, sums: list[float], waited: float, line: Progres
         "wait_share": min(1.0, waited / max(seconds, 1e-9)),  # of the time, for the loader
         "seconds": state.seconds,
     }
-    job.folder.append_metrics(numbers)
+    if job.group.first:
+        job.folder.append_metrics(numbers)
     line.update(
         state.step,
         f"loss {numbers['loss']:.3f} top-1 {100 * numbers['top1']:.1f}% lr {numbers['lr']:.3g} "
@@ -206,89 +247,32 @@ def _log(job: Job, state: State, sums: list[float], waited: float, line: Progres
     )
 
 
-def _diagnosis(job: Job, state: State) -> str:
-    o = job.run.optim
-    gone = [n for n, p in job.learner.model.named_parameters() if not torch.isfinite(p).all()]
-    clipping = f" or --optim.clipping (now {o.clipping:g})" if o.kind in ("agc", "adamw", "norm") else ""
-    where = f"; the first weights that are not finite: {gone[0]}" if gone else ""
-    lower = f"--optim.lr (now {o.lr:g}){clipping}"
-    return f"the loss is not finite by step {state.step}{where}. Lower {lower} and start a new run"
-
-
-def _evaluate(job: Job, state: State, should_stop: Callable[[], bool]) -> None:
-    """Score the raw and the averaged weights, keep the better ones if they are the best so far."""
-    d, t = job.run.data, job.run.train
-    models = {"raw": job.learner.model, "ema": job.learner.ema.module}
-    loading = Loading(d.workers, t.device.startswith("cuda"), d.timeout)
-    try:
-        outputs = infer_all(
-            list(models.values()), job.val, job.learner.preprocessing, t.eval_batch_size, loading, should_stop
-        )
-    except Interrupted:
-        return  # still due: the loop saves, and the next process evaluates
-    _note_bad(job, job.val, outputs[0].bad, state.bad_val)
-    scores = {kind: score(out, job.run.optim.loss) for kind, out in zip(models, outputs, strict=True)}
-    for kind, found in scores.items():
-        if not math.isfinite(found.loss):
-            raise Diverged(_diagnosis(job, state))
-        rank = (found.value, -found.loss)
-        if rank > state.best:
-            state.best, state.best_is = rank, f"{kind} at step {state.step}"
-            save_weights(models[kind], job.folder.weights, _about(job, kind, state.step))
-    state.evaluated, state.last = state.step, {kind: s.as_dict() for kind, s in scores.items()}
-    epoch = state.step * t.batch_size / len(job.train)
-    line = {"kind": "eval", "step": state.step, "epoch": epoch, "clipped": job.learner.clipped_shares()}
-    job.folder.append_metrics(line | state.last)
-    raw, averaged = scores["raw"], scores["ema"]
-    job.screen.say(
-        f"epoch {epoch:5.1f}  {raw.measure} {percent(raw.value)}, averaged {percent(averaged.value)}  "
-        f"loss {raw.loss:.3f}, {averaged.loss:.3f}  {duration(state.seconds)}"
-    )
-
-
-def _about(job: Job, kind: str, step: int) -> dict[str, Any]:
-    return describe(job.learner.model) | {
-        "classes": list(job.train.classes),
-        "preprocessing": asdict(job.learner.preprocessing),
-        "eval_batch_size": job.run.train.eval_batch_size,
-        "loss": job.run.optim.loss,
-        "weights": kind,
-        "step": step,
-    }
-
-
-def _note_bad(job: Job, source: Source, bad: list[tuple[int, str]], known: dict[str, str]) -> None:
-    """Say and keep which images could not be read; too many of a source end the run."""
-    for index, reason in bad:
-        name = source.name(index)
-        if name not in known:
-            known[name] = reason
-            job.screen.say(f"skipped {name}: {reason}")
-    share = job.run.data.bad_images
-    if len(known) > (max(share * len(source), 1) if share else 0):  # one alone is no share
-        name, reason = next(iter(known.items()))
-        raise UserError(
-            f"{len(known)} images cannot be read, more than --data.bad-images {share:g} of {len(source)}; the first is "
-            f"{name}: {reason}"
-        )
-
-
-def _save(job: Job, state: State) -> None:
+def _save(job: Job, state: State, sums: torch.Tensor, bad: list[tuple[int, str]]) -> None:
+    _tell_bad(job, state, bad)
+    own = sums.tolist()
+    state.sums, state.sums_by_rank = _whole(job, own), job.group.gather(own)
     if not math.isfinite(state.sums[0]):
-        raise Diverged(_diagnosis(job, state))
+        raise Diverged(diagnosis(job, state))
     state.micro_batch = job.learner.micro_batch
     state.clipped = {n: list(units) for n, units in job.learner.clipped_units().items()}
     if job.learner.scaler is not None:
         state.loss_scale = job.learner.scaler.state_dict()
-    save_checkpoint(job.folder.checkpoints, state.step, job.learner.tensors(), asdict(state))
+    tensors = full_tensors(job.learner.tensors()) if is_dealt(job) else job.learner.tensors()
+    if job.group.first:
+        save_checkpoint(job.folder.checkpoints, state.step, tensors, asdict(state))
+    job.group.barrier()
 
 
 def begin(job: Job) -> State:
     """The state before the first step, with the weights to start from, if the run names some."""
     model = job.run.model
+    state = State(data=_fingerprints(job), settings=settings_hash(job.run))
+    if len(set(job.group.gather(state.data))) > 1:
+        raise UserError(f"the images in {job.run.data.root} are not the same for all processes")
     if model.weights is not None:
         job.screen.say(f"starting from {job.learner.start_from(find_weights(model.name, model.weights))}")
-    return State(data=_fingerprints(job), settings=settings_hash(job.run))
+    job.group.take_first(list(job.learner.tensors().values()))
+    return state
 
 
 def _fingerprints(job: Job) -> str:
@@ -297,14 +281,15 @@ def _fingerprints(job: Job) -> str:
 
 def resume(job: Job) -> State:
     """The state of the newest whole checkpoint, with the learner filled from it; a new one if none was ever saved."""
-    if not has_checkpoint(job.folder.checkpoints):
-        job.folder.truncate_metrics(0, -1)
+    if not job.group.broadcast(has_checkpoint(job.folder.checkpoints)):
+        if job.group.first:
+            job.folder.truncate_metrics(0, -1)
         job.screen.say(f"{job.folder.path} has no checkpoint yet: starting at its beginning")
         return begin(job)
-    checkpoint = load_checkpoint(job.folder.checkpoints)
+    checkpoint = load_checkpoint(job.folder.checkpoints, job.group)
     for problem in checkpoint.rejected:
         job.screen.say(f"passed over a broken checkpoint: {problem}")
-    state = State(**checkpoint.state | {"best": tuple(checkpoint.state["best"])})
+    state = _state_of(checkpoint)
     if state.settings != settings_hash(job.run):
         raise UserError(f"{job.folder.config} is not what its checkpoints were made with; put it back as it was")
     if state.data != _fingerprints(job):
@@ -312,15 +297,35 @@ def resume(job: Job) -> State:
             f"the images in {job.run.data.root} are not those that {job.folder.path} was started with, so it cannot go "
             "on as it was; put them back, or start a new run"
         )
+    _restore(job, state, checkpoint.tensors)
+    job.screen.say(f"resumed {job.folder.path} at step {state.step} of {job.total}")
+    return state
+
+
+def _state_of(checkpoint: Checkpoint) -> State:
+    return State(**checkpoint.state | {"best": tuple(checkpoint.state["best"])})
+
+
+def _restore(job: Job, state: State, tensors: dict[str, torch.Tensor]) -> None:
+    """Put the learner and the lines of metrics where a state is."""
     learner = job.learner
-    learner.load_tensors(checkpoint.tensors, state.step)
-    learner.micro_batch = state.micro_batch
+    learner.load_tensors(tensors, state.step)
+    learner.micro_batch, learner.attempt = state.micro_batch, state.attempt
     learner.load_clipped_units(state.clipped)
     if learner.scaler is not None and state.loss_scale:
         learner.scaler.load_state_dict(state.loss_scale)
-    job.folder.truncate_metrics(state.step, state.evaluated)
-    job.screen.say(f"resumed {job.folder.path} at step {state.step} of {job.total}")
-    return state
+    state.sums = _own_sums(job, state)
+    if job.group.first:
+        job.folder.truncate_metrics(state.step, state.evaluated)
+
+
+def _own_sums(job: Job, state: State) -> list[float]:
+    """What this process had in its sums; where there were more processes or fewer, rank 0 takes all."""
+    if len(state.sums_by_rank) == job.group.world:
+        return state.sums_by_rank[job.group.rank]
+    if job.group.first or job.run.train.shards is not None:
+        return state.sums
+    return [0.0, 0.0, *state.sums[2:]]
 
 
 def held_out(folder: RunFolder, val: Source) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from normfree.config import MOVABLE, Run, UserError, check_ranges, flat, from_dict, to_dict
 from normfree.data.sources import Source, open_data, open_held_out, open_validation
-from normfree.files import write_atomic, write_json
+from normfree.files import parse_json, read_json, write_atomic, write_json
 from normfree.train.checkpoint import has_checkpoint
 
 
@@ -19,14 +19,15 @@ class RunFolder:
 
     config.json (resolved settings), reasons.json (why some were chosen), metrics.jsonl (a line per logged step and per
     evaluation), summary.json, checkpoints/, best.safetensors (weights with classes and preprocessing), validation.json
-    (the held-out files, if the split was made here), bad_images.txt, plots as PNG, report.html.
+    (the held-out files, if the split was made here), bad_images.txt, plots as PNG, report.html; micro_batch.json, where
+    memory ran out.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config, self.summary = path / "config.json", path / "summary.json"
         self.metrics, self.checkpoints = path / "metrics.jsonl", path / "checkpoints"
-        self.reasons = path / "reasons.json"
+        self.reasons, self.micro_batch = path / "reasons.json", path / "micro_batch.json"
         self.weights, self.report = path / "best.safetensors", path / "report.html"
         self.validation, self.bad_images = path / "validation.json", path / "bad_images.txt"
 
@@ -41,11 +42,15 @@ class RunFolder:
         if folder.config.exists() or has_checkpoint(folder.checkpoints):
             raise UserError(f"{path} has a run already; continue it with --resume, or choose another --run-dir")
         try:
-            if path.exists() and any(path.iterdir()):
+            if path.exists() and any(map(folder._is_others, path.iterdir())):
                 raise UserError(f"{path} is not empty; choose another --run-dir")
         except OSError as e:
             raise UserError(f"{path} cannot be written: {e.strerror or e}") from e
         return folder
+
+    def _is_others(self, path: Path) -> bool:
+        """Whether it is not what a start leaves that was killed before config.json was there."""
+        return path != self.reasons and not (path.name.startswith(".") and path.suffix == ".tmp")
 
     @classmethod
     def create(cls, path: Path, run: Run, chosen: Sequence[tuple[str, Any, str]] = ()) -> RunFolder:
@@ -74,7 +79,9 @@ class RunFolder:
         if not folder.config.exists():
             raise UserError(f"{path} is not a run folder: it has no config.json")
         try:
-            value = json.loads(folder.config.read_bytes())
+            value = read_json(folder.config)
+        except OSError as e:
+            raise UserError(f"{folder.config} cannot be read: {e.strerror or e}") from e
         except ValueError as e:
             raise UserError(f"{folder.config} is not JSON: {e}") from e
         run = from_dict(Run, value, str(folder.config))
@@ -84,9 +91,21 @@ class RunFolder:
     def read_reasons(self) -> dict[str, str]:
         """Reason by name of the settings that were chosen; nothing if the file is gone or broken."""
         try:
-            return {str(name): str(reason) for name, reason in json.loads(self.reasons.read_bytes()).items()}
+            return {str(name): str(reason) for name, reason in read_json(self.reasons).items()}
         except (OSError, ValueError, AttributeError):
             return {}
+
+    def write_micro_batch(self, images: int) -> None:
+        """Note that so many images at once are the most from now on."""
+        write_json(self.micro_batch, {"micro_batch": images})
+
+    def read_micro_batch(self) -> int | None:
+        """What was noted last; None if nothing was, or not legibly."""
+        try:
+            found = read_json(self.micro_batch)["micro_batch"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return found if isinstance(found, int) and found > 0 else None
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl."""
@@ -95,7 +114,7 @@ class RunFolder:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; broken ones, such as a half-written last one, are left out."""
-        if not self.metrics.exists():
+        if not self.metrics.is_file():
             return []
         lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         return [value for line in lines if line.endswith("\n") and (value := _metrics_line(line)) is not None]
@@ -109,7 +128,7 @@ class RunFolder:
 
 def _metrics_line(line: str) -> dict[str, Any] | None:
     try:
-        value = json.loads(line)
+        value = parse_json(line)
     except ValueError:
         return None
     fine = isinstance(value, dict) and value.get("kind") in ("train", "eval") and isinstance(value.get("step"), int)
@@ -123,12 +142,12 @@ def validation_source(folder: RunFolder, run: Run, classes: tuple[str, ...]) -> 
     if not folder.validation.exists():
         return open_validation(run.data.root, classes)
     try:
-        names = [str(name) for name in json.loads(folder.validation.read_bytes())]
-        return open_held_out(run.data.root, names, classes)
-    except (ValueError, TypeError, IndexError) as e:
-        if isinstance(e, UserError):
-            raise
+        names = read_json(folder.validation)
+        if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+            raise ValueError("not a list of names")
+    except (OSError, ValueError) as e:
         raise UserError(f"{folder.validation} is broken: {e}") from e
+    return open_held_out(run.data.root, names, classes)
 
 
 def free_folder(parent: Path, name: str) -> Path:
@@ -156,3 +175,9 @@ def conflicts(run: Run, given: dict[str, Any]) -> list[str]:
     current = flat(run)
     changed = {n: v for n, v in given.items() if current[n] != v and n not in MOVABLE}
     return [f"{n} is {current[n]!r} there, not {v!r}" for n, v in changed.items()]
+
+
+def departures(run: Run, asked: Run) -> list[str]:
+    """The settings in which a run is not the one that a whole command asks for, each with both values."""
+    recipe = [f"the recipe is {run.recipe!r} there, not {asked.recipe!r}"] if run.recipe != asked.recipe else []
+    return recipe + conflicts(run, flat(asked))

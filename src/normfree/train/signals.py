@@ -9,10 +9,20 @@ from typing import Any
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is what Slurm sends before a time limit
 
 
-class StopRequest:
-    """While entered, SIGINT, SIGTERM and SIGUSR1 set `received`. A second SIGINT interrupts at once."""
+def exit_code(number: int) -> int:
+    """130 for an interrupt from the keyboard, 143 for the others."""
+    return 130 if number == signal.SIGINT else 143
 
-    def __init__(self) -> None:
+
+class StopRequest:
+    """While entered, SIGINT, SIGTERM and SIGUSR1 set `received`. A second SIGINT interrupts at once.
+
+    deaf: behind an error they are ignored: whoever started several processes ends those that are left when the first
+        of them has gone, and this one is about to end by itself, with the right exit code.
+    """
+
+    def __init__(self, deaf: bool = False) -> None:
+        self._deaf = deaf
         self.received: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -23,14 +33,9 @@ class StopRequest:
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
         for s, handler in self._before.items():
-            signal.signal(s, handler)
+            signal.signal(s, signal.SIG_IGN if self._deaf and isinstance(e, Exception) else handler)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.received == signal.SIGINT == number:
             raise KeyboardInterrupt
         self.received = number
-
-    @property
-    def exit_code(self) -> int:
-        """130 for an interrupt from the keyboard, 143 for the others."""
-        return 130 if self.received == signal.SIGINT else 143

@@ -17,6 +17,7 @@ from normfree.config import Run, is_out_of_memory
 from normfree.data.augment import Augment
 from normfree.data.crop import Preprocessing
 from normfree.data.loader import Batch
+from normfree.distributed import Group
 from normfree.models import Network
 from normfree.models.weights import Loaded, fill_from
 from normfree.nn.layers import Draws
@@ -24,6 +25,9 @@ from normfree.nn.loss import hits, sample_losses
 from normfree.optim import AGCSGD, EMA, SAM, WarmupCosine
 from normfree.optim.agc import clip_group_
 from normfree.random import Purpose
+from normfree.train.reduce import GradientSum, Tree, average_, gradients
+from normfree.train.sharded import RowSum, load_full, shard, shard_like
+from normfree.train.share import Ascent, Share, ascents, share_of, unit_of
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -34,7 +38,8 @@ _Counts = tuple[list[str], Tensor, list[int]]  # names of tensors, clipped units
 class Outcome(NamedTuple):
     """What a step did. sums: (4,) float64 on the device: of losses, correct predictions, clipped units, units.
 
-    applied: False where float16 overflowed and the weights were left alone.
+    The first two are of this process's images, or with `train.shards` of the whole batch; the others are of the whole.
+    applied: False where the loss or a gradient was not finite, such as when float16 overflows: nothing was changed.
     """
 
     sums: Tensor
@@ -54,17 +59,51 @@ class Learner:
     augment: Augment = field(default_factory=Augment)
     class_weights: Tensor | None = None
     head_steps: float = 0.0  # at the start, in which the classifier alone moves
+    attempt: int = 0  # grows with every roll-back, so that what follows is drawn anew
     micro_batch: int | None = None  # images at once; falls when memory runs out
     sam: SAM | None = None
     scaler: torch.amp.GradScaler | None = None
+    group: Group = field(default_factory=Group.alone)  # the processes that share the batch
     # units that were clipped, on the device, and looked at: a row for each of the tensors that were looked at together
     clipped: dict[tuple[str, ...], tuple[Tensor, list[int]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        parameters, world = list(self.model.parameters()), self.group.world
+        self._averaged_over = 1  # processes, where a sum of gradients comes out as their mean
+        self._sum: GradientSum | RowSum = GradientSum(parameters, self.group)
+        together = world // self.run.optim.sam_shards if self.sam is not None else 1  # processes that ascend as one
+        self._ascent_sum: GradientSum | RowSum = GradientSum(parameters, self.group.split(max(1, together)))
+
+    def shard(self) -> None:
+        """Deal weights, average and momentum to the processes, which then hold a part of each; once, before steps."""
+        from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415 - of which others need nothing
+
+        mesh = init_device_mesh(self.model.fc.weight.device.type, (self.group.world,))
+        kept = {name: self.optimizer.state.pop(p, {}) for name, p in self._optimized()}
+        shard(self.model, mesh)
+        shard(self.ema.module, mesh)
+        parameters = dict(self.model.named_parameters())
+        for group in self.optimizer.param_groups:
+            group["params"] = [parameters[name] for name in group["names"]]
+        for name, state in kept.items():
+            for key, value in state.items():
+                self.optimizer.state[parameters[name]][key] = shard_like(value, parameters[name])
+        if self.sam is not None:
+            self.sam = SAM(self.model.parameters(), self.run.optim.sam_rho)
+        self._sum = self._ascent_sum = RowSum(self.model)
+        self._averaged_over = self.group.world
+
+    def share(self, n: int) -> Share:
+        """What this process computes of a step's batch: alone all of the n outputs that it has."""
+        if self.group.world == 1:
+            return Share(range(n), n)
+        return share_of(self.group.rank, self.group.world, self.run.train.batch_size, unit_of(self.run))
 
     def step(self, batch: Batch, taken: int, applied: int) -> Outcome:
         """Update the weights and their average on a batch.
 
         Args:
-            batch: what the loader delivers.
+            batch: what the loader delivers, of the slots of `share`.
             taken: batches before this one, which key the augmentation and the random masks.
             applied: steps before this one that changed the weights, which give the learning rate.
         """
@@ -72,14 +111,17 @@ class Learner:
         images = batch.images.to(device, non_blocking=True)
         labels = batch.labels.to(device, non_blocking=True)
         classes = self.model.config.num_classes
-        images, targets = self.augment(images, labels, classes, self.run.train.seed, taken)
+        share = self.share(len(labels) // self.augment.reads)
+        images, targets = self.augment(images, labels, classes, self.run.train.seed, taken, share.slots, self.attempt)
         head_only = applied < self.head_steps
         if self.head_steps > 0:
             for name, p in self.model.named_parameters():
                 p.requires_grad_(not head_only or name.startswith("fc."))
         buffers = _Buffers(self.model)
         with frozen_statistics(self.model) if head_only else nullcontext():
-            sums = self._fitting_gradients(_Work(images, targets, self._draws(taken, len(targets))), buffers)
+            draws = self._draws(taken, len(targets), share.slots.start)
+            sums = self._fitting_gradients(_Work(images, targets, draws, share), buffers)
+        average_([b for b in self.model.buffers() if b.is_floating_point()], self.group)
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule(applied)
         counts = self._update()
@@ -89,16 +131,19 @@ class Learner:
         self.ema.update(self.model)
         return Outcome(torch.cat([sums, self._count(counts)]), applied=True)
 
-    def _fitting_gradients(self, work: _Work, buffers: _Buffers) -> Tensor:
-        """`_gradients`, of half as many images at once, from now on, as long as memory runs out."""
-        n = len(work.targets)
-        images = -(-n // min(self.run.optim.sam_shards, n)) if self.sam is not None else n  # in one pass, at most
+    def _fitting_gradients(self, work: _Work, buffers: _Buffers, alone: bool = False) -> Tensor:
+        """`_gradients`, of half as many images at once, from now on, as long as memory runs out.
+
+        Not where other processes wait for a sum, nor where shards have a fixed shape.
+        """
+        images = self.at_most(len(work.targets))
+        fixed = self.run.train.shards is not None or (self.group.world > 1 and not alone)
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             try:
-                return self._gradients(work)
+                return self._gradients(work, alone)
             except (RuntimeError, MemoryError) as e:
-                if not is_out_of_memory(e) or min(images, self.micro_batch or images) == 1:
+                if fixed or not is_out_of_memory(e) or min(images, self.micro_batch or images) == 1:
                     raise
             # behind the handler, which keeps the maps of the failed step alive
             if self.sam is not None:
@@ -108,41 +153,108 @@ class Learner:
                 torch.cuda.empty_cache()
             self.micro_batch = max(1, min(self.micro_batch or images, images) // 2)
 
-    def _gradients(self, work: _Work) -> Tensor:
-        """Leave the mean gradient over the batch in the parameters; with SAM, of each shard at its ascent point."""
-        o, n = self.run.optim, len(work.targets)
+    def at_most(self, n: int) -> int:
+        """Images of n that are computed in one pass if memory suffices: with SAM, those of an ascent's shard."""
         if self.sam is None:
-            return self._backward(work, range(n), n)
+            return n
+        total = n if self.group.world == 1 else self.run.train.batch_size
+        return min(n, -(-total // min(self.run.optim.sam_shards, total)))
+
+    def fit_memory(self, size: int) -> None:
+        """Find out how many images fit at once, on blank ones of `size` pixels; weights and statistics do not move.
+
+        No other process is waited for: each may find another number in `micro_batch`.
+        """
+        device, share = self.model.fc.weight.device, self.share(self.run.train.batch_size)
+        n = len(share.slots)
+        images = torch.zeros(n, 3, size, size, dtype=torch.uint8, device=device).to(memory_format=torch.channels_last)
+        labels = torch.zeros(n, dtype=torch.int64, device=device)
+        work = _Work(images, labels, self._draws(0, n), share)
+        buffers = _Buffers(self.model)
+        self._fitting_gradients(work, buffers, alone=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        buffers.restore()
+
+    def _gradients(self, work: _Work, alone: bool) -> Tensor:
+        """Leave the mean gradient over the batch in the parameters; with SAM, of each shard at its ascent point.
+
+        `alone` leaves out what other processes have.
+        """
+        n = len(work.targets)
+        if self.run.train.shards is not None:
+            return self._in_shards(work, Group.alone() if alone else self.group)
+        total, ascent_total = (None, None) if alone else (self._sum, self._ascent_sum)
+        if self.sam is None:
+            return self._backward(work, range(n), work.share.total, total)
         sums = torch.zeros(2, dtype=torch.float64, device=work.images.device)
-        shards = min(o.sam_shards, n)
-        for s in range(shards):
-            slots = range(s * n // shards, (s + 1) * n // shards)
-            few = slots[:: o.sam_every]
-            with self.sam.ascent():
-                self._backward(work, few, len(few))
-            with self.sam.descent(), frozen_statistics(self.model):
-                sums += self._backward(work, slots, n)
+        parts = list(ascents(work.share, self.run.optim.sam_shards, self.run.optim.sam_every))
+        for part in parts:
+            sums += self._descend(work, part, ascent_total, total if part is parts[-1] else None)
         return sums
 
-    def _backward(self, work: _Work, slots: range, n: int) -> Tensor:
-        """Add the gradient of (sum of the slots' losses) / n; returns (2,) sums of losses and correct predictions."""
+    def _descend(
+        self,
+        work: _Work,
+        part: Ascent,
+        ascent_total: GradientSum | RowSum | None = None,
+        total: GradientSum | RowSum | None = None,
+    ) -> Tensor:
+        """`_backward` of a part at the point to which its own gradient leads."""
+        assert self.sam is not None
+        with self.sam.ascent():
+            self._backward(work, part.few, part.seen, ascent_total)
+        with self.sam.descent(), frozen_statistics(self.model):
+            return self._backward(work, part.slots, work.share.total, total)
+
+    def _in_shards(self, work: _Work, group: Group) -> Tensor:
+        """`_gradients` of shards of one shape, added in one order: the same bits for any number of processes."""
+        size = work.share.total // (self.run.train.shards or 1)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        tree = Tree(group)
+        for start in range(0, len(work.targets), size):
+            self.optimizer.zero_grad(set_to_none=True)
+            slots = range(start, start + size)
+            if self.sam is None:
+                sums = self._backward(work, slots, work.share.total)
+            else:
+                few = slots[:: self.run.optim.sam_every]
+                sums = self._descend(work, Ascent(few, len(few), slots))
+            tree.add([*gradients(parameters), sums])
+        *found, sums = tree.root()
+        for p, gradient in zip(parameters, found, strict=True):
+            p.grad = gradient
+        return sums
+
+    def _backward(self, work: _Work, slots: range, n: int, total: GradientSum | RowSum | None = None) -> Tensor:
+        """Add the gradient of (sum of the slots' losses) / n; returns (2,) sums of losses and correct predictions.
+
+        With a `total` the gradients are then summed over processes, which have other slots.
+        """
         o, dtype = self.run.optim, PRECISIONS[self.run.train.precision]
         sums = torch.zeros(2, dtype=torch.float64, device=work.images.device)
-        for part in _parts(slots, self.micro_batch):
-            images, targets, draws = work.at(part)
-            logits = self.model(self.preprocessing.normalize(images, dtype), draws)
-            losses = sample_losses(logits, targets, o.loss, o.label_smoothing, self.class_weights)
-            loss = losses.sum() / n
-            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        parts = list(_parts(slots, self.micro_batch)) or [slots]  # nothing of an ascent may be here
+        for part in parts:
+            with total.last() if total is not None and part is parts[-1] else nullcontext():
+                if not part:
+                    continue
+                images, targets, draws = work.at(part)
+                logits = self.model(self.preprocessing.normalize(images, dtype), draws)
+                losses = sample_losses(logits, targets, o.loss, o.label_smoothing, self.class_weights)
+                loss = losses.sum() / (n / self._averaged_over)
+                # of a loss that is not finite the gradients might be: they must tell
+                seed = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan).to(loss.dtype)
+                (loss if self.scaler is None else self.scaler.scale(loss)).backward(seed)
             sums += torch.stack([losses.detach().double().sum(), hits(logits, targets).double()])
         return sums
 
     def _update(self) -> list[_Counts] | None:
-        """Clip and step, gradients unscaled first: what AGC found; None if float16 overflowed, and nothing was done."""
+        """Clip and step, gradients unscaled first: what AGC found; None if they were not finite: nothing was done."""
         o = self.run.optim
         counts: list[_Counts] = []
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
+        elif not isinstance(self.optimizer, AGCSGD) and not _all_finite(self.model):
+            return None
         if o.kind == "norm":
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), o.clipping)
         elif o.kind == "adamw":
@@ -159,6 +271,8 @@ class Learner:
             if not self.scaler.get_scale() >= before > 0:  # it falls where a step was left out
                 return None
         if isinstance(self.optimizer, AGCSGD):
+            if self.optimizer.skipped:
+                return None
             counts.append(self.optimizer.clipped_by_name())
         return counts
 
@@ -195,16 +309,16 @@ class Learner:
             clipped = torch.tensor([a for a, _ in units.values()], device=self.model.fc.weight.device)
             self.clipped[tuple(units)] = clipped, [b for _, b in units.values()]
 
-    def _draws(self, taken: int, n: int) -> Draws:
-        """The masks of dropout and stochastic depth, by (seed, step, slot, layer)."""
-        config, seed, slots = self.model.config, self.run.train.seed, np.arange(n)
+    def _draws(self, taken: int, n: int, first: int = 0) -> Draws:
+        """The masks of dropout and stochastic depth of n slots from the first, by (seed, step, slot, layer)."""
+        config, seed, slots = self.model.config, self.run.train.seed, np.arange(first, first + n)
         device = self.model.fc.weight.device
         keep = dropout = None
         if config.stochastic_depth > 0:
-            draws = random.uniform(seed, Purpose.DEPTH, taken, slots, n=len(self.model.blocks))
+            draws = random.uniform(seed, Purpose.DEPTH, taken, slots, n=len(self.model.blocks), attempt=self.attempt)
             keep = torch.from_numpy(draws).to(device)
         if config.drop_rate > 0:
-            draws = random.uniform(seed, Purpose.DROPOUT, taken, slots, n=self.model.num_features)
+            draws = random.uniform(seed, Purpose.DROPOUT, taken, slots, n=self.model.num_features, attempt=self.attempt)
             dropout = torch.from_numpy(draws).to(device)
         return self.model.draws(n, keep, dropout)
 
@@ -223,14 +337,14 @@ class Learner:
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
             parts.setdefault(part, {})[rest] = tensor
-        self.model.load_state_dict(parts.pop("model"))
-        self.ema.module.load_state_dict(parts.pop("ema"))
+        load_full(self.model, parts.pop("model"))
+        load_full(self.ema.module, parts.pop("ema"))
         self.ema.updates = applied
         for name, p in self._optimized():
             for key, values in parts.items():
                 if name in values:
                     value = values[name]
-                    self.optimizer.state[p][key] = value.to(p.device) if value.ndim else value
+                    self.optimizer.state[p][key] = shard_like(value, p) if value.ndim else value
 
     def start_from(self, path: Path) -> Loaded:
         """Take weights from a file, which the average starts from too. A classifier for other classes stays new."""
@@ -243,12 +357,19 @@ class Learner:
             yield from zip(group["names"], group["params"], strict=True)
 
 
+def _all_finite(model: Network) -> bool:
+    """Whether the norms of all gradients are."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return bool(torch.isfinite(torch.stack(torch._foreach_norm(grads))).all())
+
+
 class _Work(NamedTuple):
-    """A batch on the device: images (N, 3, H, W), targets, and the masks of each slot."""
+    """A batch on the device: images (N, 3, H, W), targets, and the masks of each slot; share, which they are."""
 
     images: Tensor
     targets: Tensor
     draws: Draws
+    share: Share
 
     def at(self, slots: range) -> tuple[Tensor, Tensor, Draws]:
         where = slice(slots.start, slots.stop, slots.step)
@@ -258,7 +379,7 @@ class _Work(NamedTuple):
 
 def _parts(slots: range, size: int | None) -> Iterator[range]:
     """The slots, at most so many at once."""
-    size = size or len(slots)
+    size = size or max(1, len(slots))
     return (slots[i : i + size] for i in range(0, len(slots), size))
 
 

@@ -98,14 +98,14 @@ def open_held_out(root: str, names: Sequence[str], classes: tuple[str, ...]) -> 
     """The samples of these names (`source.names`) among the training images at a path.
 
     Raises:
-        UserError: one is not there any more.
+        UserError: one is not there any more, or leads elsewhere.
     """
     part = halves_of(root)[0]
     if part is None:
         raise UserError(f"{root} has no training images any more, of which some were held out for validation")
     names = [name.removeprefix(part.prefix) for name in names]
     if part.kind == "folder":  # as many files as there are names need not be listed
-        labels = np.array([classes.index(Path(name).parts[0]) for name in names], np.int64)
+        labels = np.array([_class_of(name, classes) for name in names], np.int64)
         return FolderSource(part.path, Names(names), labels, classes, prefix=part.prefix, held_out=True)
     source = with_classes(_open(part), classes)
     place = {name: i for i, name in enumerate(getattr(source, "names", ()))}
@@ -115,6 +115,14 @@ def open_held_out(root: str, names: Sequence[str], classes: tuple[str, ...]) -> 
     found = source.subset(np.array([place[name] for name in names], np.int64))
     found.held_out = True
     return found
+
+
+def _class_of(name: str, classes: tuple[str, ...]) -> int:
+    """The class of CLASS/IMAGE. The name is from a file, and must not lead out of its class."""
+    top, *rest = Path(name).parts or ("",)
+    if top not in classes or not rest or ".." in rest:
+        raise UserError(f"{name[:200]!r} was held out for validation and is none of the images of the classes trained")
+    return classes.index(top)
 
 
 def halves_of(root: str) -> Halves:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,7 +53,7 @@ def read_classes(folders: Sequence[Path]) -> tuple[Path | None, tuple[str, ...]]
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path} cannot be read: {e}") from e
     names = [name.strip() for name in names]
-    twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None or not all(names):
         raise UserError(f"{path}: class {twice!r} comes twice" if twice else f"{path} has a class without a name")
     return path, tuple(names)

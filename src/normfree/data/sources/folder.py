@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from normfree.data.decode import BadImage
 from normfree.data.sources.listing import folders_in, list_images
 from normfree.data.sources.names import Names
 from normfree.data.sources.protocol import Readable
+from normfree.files import open_plain
 
 MAX_BYTES = 1 << 30  # of a file that is read whole; the largest image that is decoded has less in any format
 LAYOUT = "expected ROOT/CLASS/IMAGES, or ROOT/train/CLASS/IMAGES and ROOT/val/CLASS/IMAGES"
@@ -57,13 +57,10 @@ def read_file(path: Path) -> bytes:
     A pipe or a device has no end, and is not waited for.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with open(handle, "rb") as f:
-            status = os.fstat(handle)
-            if not stat.S_ISREG(status.st_mode):
-                raise BadImage("not a regular file")
-            if status.st_size > MAX_BYTES:
-                raise BadImage(f"{status.st_size:,} bytes are over the limit of {MAX_BYTES >> 20} MiB")
+        with open_plain(path) as f:
+            size = os.fstat(f.fileno()).st_size
+            if size > MAX_BYTES:
+                raise BadImage(f"{size:,} bytes are over the limit of {MAX_BYTES >> 20} MiB")
             return f.read()
     except OSError as e:
         raise BadImage(f"cannot be read: {e.strerror or e}") from e

@@ -94,7 +94,7 @@ def open_tables(root: Path, files: Sequence[Path]) -> TableSource:
     """
     library("pyarrow")
     files = tuple(files)
-    stamps = np.array([cache.stamp(file) for file in files], np.int64)
+    stamps = _stamps(files)
     parts = [_part(file) for file in files]
     schema = parts[0].schema
     odd = next((f for f, p in zip(files, parts, strict=True) if not p.schema.equals(schema)), None)
@@ -112,6 +112,13 @@ def open_tables(root: Path, files: Sequence[Path]) -> TableSource:
     labels, classes = _labels(root, values, _class_names(schema, label))
     rows = np.arange(len(values))
     return TableSource(root, files, stamps, _groups(parts), rows, _names(parts, names), labels, classes, image)
+
+
+def _stamps(files: Sequence[Path]) -> NDArray[np.int64]:
+    try:
+        return np.array([cache.stamp(file) for file in files], np.int64)
+    except (OSError, ValueError) as e:  # a name with a zero in it is a ValueError
+        raise UserError(f"a file of the tables cannot be read: {e}") from e
 
 
 def _groups(parts: list[_Part]) -> NDArray[np.int64]:
@@ -146,6 +153,7 @@ def _part(path: Path) -> _Part:
             counts = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
             return _Part(path, file.schema_arrow, counts, file)
         table = _map_arrow(str(path), ())
+        table.validate(full=True)  # Arrow follows offsets wherever they lead; no images are read for it
         return _Part(path, table.schema, [len(b) for b in table.to_batches()], table)
     except _errors() as e:
         raise UserError(f"{path} is broken, or no {path.suffix[1:]} file: {e}") from e
@@ -181,6 +189,9 @@ def _columns(path: Path, schema: Any) -> tuple[str, str]:
         near = next((n for n in schema.names if difflib.get_close_matches(n, wanted, cutoff=0.7)), None)
         hint = f"; is it {near!r}?" if near else ""
         raise UserError(f"{path} has no column of {kind} ({', '.join(wanted)}); it has {', '.join(schema.names)}{hint}")
+    twice = next((c for c in (image, label) if schema.names.count(c) > 1), None)
+    if twice:
+        raise UserError(f"{path} has the column {twice!r} twice")
     kind = schema.field(image).type
     if arrow.types.is_struct(kind) and "bytes" in [kind.field(i).name for i in range(kind.num_fields)]:
         return image, label
@@ -204,10 +215,11 @@ def _class_names(schema: Any, label: str) -> tuple[str, ...]:
 def _labels(root: Path, values: list[Any], known: tuple[str, ...]) -> tuple[NDArray[Any], tuple[str, ...]]:
     several = any(isinstance(v, list) for v in values)
     rows = [v if isinstance(v, list) else [v] for v in values] if several else [[v] for v in values]
+    odd = [v for row in rows for v in row if isinstance(v, bool) or not isinstance(v, (int, str))]
+    if odd:
+        shown = repr(odd[0])[:100]
+        raise UserError(f"{root}: a row has {shown} for its label, neither a whole number nor a name")
     distinct = {v for row in rows for v in row}
-    odd = next((v for v in distinct if isinstance(v, bool) or not isinstance(v, (int, str))), "")
-    if odd != "" or None in distinct:
-        raise UserError(f"{root}: a row has {odd!r} for its label, neither a whole number nor a name")
     numbered = any(isinstance(v, int) for v in distinct)
     index = sorted_classes(map(str, distinct), known, numbered)
     wrong = next((str(v) for v in distinct if str(v) not in index.place), None)

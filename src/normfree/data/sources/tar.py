@@ -86,12 +86,7 @@ class _Extra:
             self._read_pax(content)
 
     def _read_pax(self, content: bytes) -> None:
-        while content:
-            length, _, rest = content.partition(b" ")
-            if not length.isdigit() or len(length) > 7 or not len(length) + 1 < int(length) <= len(content):
-                raise BrokenTar("a pax header is broken")
-            key, _, value = rest[: int(length) - len(length) - 2].partition(b"=")
-            content = content[int(length) :]
+        for key, value in _records(content):
             if key == b"path":
                 self.name = value.rstrip(b"\0")
             elif key == b"size":
@@ -100,6 +95,20 @@ class _Extra:
                 self.size = int(value)
             elif key.startswith(b"GNU.sparse"):
                 self.holes = True
+
+
+def _records(content: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Key and value of each record of a pax header: "LENGTH KEY=VALUE" and a line's end, all of that LENGTH bytes."""
+    at = 0
+    while at < len(content):  # places and not slices of the rest: there may be a hundred thousand
+        blank = content.find(b" ", at, at + 8)
+        digits = content[at : max(blank, at)]
+        if not digits.isdigit() or not len(digits) + 1 < int(digits) <= len(content) - at:
+            raise BrokenTar("a pax header is broken")
+        end = at + int(digits)
+        key, _, value = content[blank + 1 : end - 1].partition(b"=")
+        yield key, value
+        at = end
 
 
 def _kind(kind: bytes, name: bytes, holes: bool) -> str:

@@ -1,0 +1,139 @@
+"""What runs quicker where operations run one by one on a CPU is the same as what runs elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from normfree.config import DataConfig, ModelConfig, OptimConfig, Run, TrainConfig
+from normfree.data.loader import Batch
+from normfree.nn import conv as conv_module
+from normfree.nn import fused
+from normfree.nn.conv import standardize
+from normfree.train.build import build_learner, eval_preprocessing
+from normfree.train.length import Length
+
+_FLOATS = [torch.float32, torch.float64, torch.bfloat16]
+_ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-7}
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    """Without the quick paths."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conv_module, "is_eager_on_cpu", lambda _x: False)
+        yield
+
+
+def _with_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    """Output and gradients, of fresh copies; the memory that is handed out was used, and is full of NaN."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    poison = [torch.full_like(x, torch.nan) for x in inputs for _ in range(3)]
+    del poison
+    out = function(*leaves)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).to(out.dtype).view(out.shape)
+    grads = torch.autograd.grad((out * weights).sum(), leaves)
+    return [out.detach(), *grads]
+
+
+def _close(found: list[Tensor], expected: list[Tensor], rounding: float) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        size = b.abs().max().item() if b.numel() else 0.0
+        torch.testing.assert_close(a, b, rtol=0, atol=rounding * max(size, 1e-6))
+
+
+@settings(deadline=None)
+@given(
+    out=st.integers(1, 9),
+    fan_in=st.integers(1, 7),
+    kernel=st.sampled_from([(1, 1), (3, 3), (2, 5)]),
+    dtype=st.sampled_from(_FLOATS),
+)
+def test_standardised_weights(out: int, fan_in: int, kernel: tuple[int, int], dtype: torch.dtype) -> None:
+    """And their gradients, of any shape and type."""
+    if fan_in * kernel[0] * kernel[1] < 3:
+        return  # of two weights the variance is nearly all there is, and its gradient is rounding
+    torch.manual_seed(out)
+    w, gain = (torch.randn(out, fan_in, *kernel) + 0.3).to(dtype), torch.rand(out) + 0.5
+    gain = gain.double() if dtype == torch.float64 else gain
+    found = _with_gradients(standardize, w, gain)
+    with _plain():
+        expected = _with_gradients(standardize, w, gain)
+    _close(found, expected, {torch.float64: 1e-10, torch.float32: 2e-5}.get(dtype, 2**-7))
+
+
+def test_standardised_weights_have_second_derivatives() -> None:
+    """For penalties on gradients."""
+    w, gain = torch.randn(3, 2, 2, 2, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
+    inputs = (w.requires_grad_(), gain.requires_grad_())
+    assert torch.autograd.gradcheck(standardize, inputs)
+    assert torch.autograd.gradgradcheck(standardize, inputs)
+
+
+_POINTS = torch.cat([torch.linspace(-12, 12, 4801), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 80.0, -80.0, 3e4, -3e4])])
+
+
+@pytest.mark.parametrize("dtype", _FLOATS)
+def test_the_formulas_of_the_fused_gelu(dtype: torch.dtype) -> None:
+    """x sigmoid(2 u) and its derivative are the tanh form's, in float64 to rounding, at extremes too."""
+    x, grad = _POINTS.to(dtype), torch.linspace(-2, 2, len(_POINTS)).to(dtype)
+    exact = x.double().requires_grad_()
+    y = F.gelu(exact, approximate="tanh")
+    (of_x,) = torch.autograd.grad(y, exact, grad.double())
+    rounding = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 2**-8}[dtype]
+    for ours, theirs in ((fused._forward(x), y), (fused._backward(grad, x), of_x)):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), theirs.detach(), rtol=rounding, atol=rounding)
+
+
+_torchs_own = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's, about itself
+
+
+@pytest.mark.slow
+@_torchs_own
+@pytest.mark.parametrize("dtype", _FLOATS)
+@pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 5, 7, 3), (1, 1, 1, 1), (4, 16, 9, 9), (33,)])
+def test_the_compiled_gelu_equals_torchs(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Output and gradient, contiguous and with channels last, whatever shapes came before; and a second derivative."""
+    layouts = [torch.contiguous_format, *([torch.channels_last] if len(shape) == 4 else [])]
+    for layout in layouts:
+        x = (torch.randn(shape) * 3).to(dtype).to(memory_format=layout)
+        found = _with_gradients(fused.fused_gelu, x)
+        expected = _with_gradients(lambda x: F.gelu(x, approximate="tanh"), x)
+        assert found[0].stride() == expected[0].stride()
+        _close(found, expected, 2 * _ROUNDING[dtype])
+    if dtype == torch.float64 and shape != (0, 4, 3, 3):
+        assert torch.autograd.gradgradcheck(fused.fused_gelu, (x.requires_grad_(),))
+
+
+@pytest.mark.slow
+@_torchs_own
+def test_a_compiled_run_trains_as_an_eager_one() -> None:
+    """--train.compile: the same losses over five steps, to rounding, with another activation in the blocks."""
+    losses = []
+    for compiled in (False, True):
+        run = steps_run(compile=compiled)
+        learner = build_learner(run, 10, Length(1.0, 5.0), eval_preprocessing(run))
+        acts = {block.act for block in learner.model.blocks}
+        assert (fused.fused_gelu in acts) == compiled
+        images = torch.randint(256, (8, 32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        batch = Batch(images.permute(0, 3, 1, 2), torch.arange(8) % 10, torch.ones(8, dtype=torch.bool), [])
+        losses.append([learner.step(batch, i, i).sums[0].item() for i in range(5)])
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
+
+
+def steps_run(**train: Any) -> Run:
+    """A few steps of a small network."""
+    data = DataConfig("nowhere", 32, 32, "box", 0.08, 0, 0.0, 0.0, True, "squash", 0)
+    optim = OptimConfig(lr=0.1, clipping=0.1, warmup=0.0)
+    return Run("test", ModelConfig("nfnet_tiny"), data, optim, TrainConfig(epochs=1.0, batch_size=8, **train))
