@@ -99,7 +99,9 @@ def _distance(a: list[Found], b: list[Found]) -> Found:
     ends = [(x, y) for x, y in zip(a, b, strict=True) if x["kind"] == "eval"]
     return {
         "steps": len(steps),
-        "loss_relative": max(abs(x["loss"] - y["loss"]) / abs(x["loss"]) for x, y in steps),
+        "loss_relative": {
+            f"to step {n}": max(abs(x["loss"] - y["loss"]) / abs(x["loss"]) for x, y in steps[:n]) for n in (8, 24, 96)
+        },
         "clip_share": max(abs(x["clip_share"] - y["clip_share"]) for x, y in steps),
         "tensors_clipped_alike": sum(x["clipped"] == y["clipped"] for x, y in ends) / len(ends),
         "evaluations": len(ends),
@@ -189,10 +191,10 @@ def soak(home: Path, quick: bool) -> Found:
     steps = 200 if quick else 2000
     settings = ("--train.epochs", str(2 * steps // q.EPOCH), "--data.workers", "2", "--train.log-every", "10")
     process = q.start(q.train(home, "soak", *settings), home)
-    memory: list[tuple[int, float, float]] = []  # (step, MiB of the process alone, MiB of each of its children)
+    memory: list[tuple[int, float, float]] = []  # (step, MiB of the process, MiB of a child's own)
     while process.is_alive() and (not memory or memory[-1][0] < steps):
         time.sleep(0.25)
-        children = [_memory(pid) for pid in _children(process.pid or 0)]
+        children = [_memory(pid, "Private") for pid in _children(process.pid or 0)]
         own = _memory(process.pid or 0)
         memory.append((_step(home / "soak"), own / 2**20, max(children, default=0) / 2**20))
     workers = _children(process.pid or 0)
@@ -221,13 +223,13 @@ def _children(pid: int) -> list[int]:
     return [int(child) for child in path.read_text().split()] if path.exists() else []
 
 
-def _memory(pid: int) -> int:
-    """Bytes that a process has for itself alone; 0 if it has gone."""
+def _memory(pid: int, kind: str = "Rss") -> int:
+    """Bytes of a process: all ("Rss"), or those that it has for itself alone ("Private"); 0 if it has gone."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0
-    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Private_"))
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(kind))
 
 
 def _step(run: Path) -> int:

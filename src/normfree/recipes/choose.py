@@ -6,14 +6,16 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from normfree.config import OptimConfig, TrainConfig
 from normfree.models import Network, NetworkConfig
+from normfree.models.block import Block
 from normfree.models.count import parameters
 
 LAMBDAS = (0.01, 0.02, 0.04, 0.08, 0.16)  # Section 4.1
@@ -51,10 +53,11 @@ def clipping_for(schedule: Callable[[int], float], total: int, eps: float, momen
 
 
 def workers(device: str) -> tuple[int, str]:
-    """Loader processes."""
+    """Loader processes, of each of the processes that torchrun started on this machine."""
     if not device.startswith("cuda"):
         return 0, "training uses every core"
-    return min(16, max(1, (os.cpu_count() or 2) - 1)), "one a core"
+    cores = (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(16, max(1, cores - 1)), "one a core"
 
 
 @dataclass(frozen=True)
@@ -129,18 +132,38 @@ def _memory_terms(config: NetworkConfig, size: int, remat: str) -> tuple[int, in
 
 
 def _kept(config: NetworkConfig, size: int, n: int, remat: str) -> int:
-    """Bytes that autograd keeps for backward after a forward pass of n images, beside the weights."""
+    """Bytes that autograd keeps for backward after a forward pass of n images, beside the weights.
+
+    With remat that is what enters each span of blocks, and inside of one span, the largest, what is computed again.
+    """
     with torch.device("meta"):
         model, images = Network(config), torch.empty(n, config.in_chans, size, size)
-    model.remat = remat
-    seen: dict[int, int] = {}
+    inside: dict[int | None, dict[int, int]] = {None: {}}  # by span, those outside of any under None: by storage
+    entering: dict[int, int] = {}
+    where: int | None = None
+
+    def enter(_block: torch.nn.Module, x: tuple[Tensor, ...], span: int) -> None:
+        nonlocal where
+        where = span
+        entering.setdefault(span, x[0].untyped_storage().nbytes())
+        inside.setdefault(span, {})
+
+    def leave(*_: object) -> None:
+        nonlocal where
+        where = None
 
     def pack(t: Tensor) -> Tensor:
         if not isinstance(t, torch.nn.Parameter):
-            seen[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+            inside[where][t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
         return t
 
+    if remat != "none":
+        for number, block in enumerate(model.blocks):
+            span = number if remat == "block" else cast(Block, block).place.stage
+            block.register_forward_pre_hook(partial(enter, span=span))
+            block.register_forward_hook(leave)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = model(images)  # kept until all is counted, so that no storage takes the place of another
     del out
-    return sum(seen.values())
+    outside = sum(inside.pop(None).values())
+    return outside + sum(entering.values()) + max((sum(kept.values()) for kept in inside.values()), default=0)
