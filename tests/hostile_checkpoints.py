@@ -214,6 +214,8 @@ HEADERS: dict[str, bytes] = {
     "a shape below 0": tensors({"a": entry((-2,))}, bytes(8)),
     "a shape that is too small": tensors({"a": entry((1,))}, bytes(8)),
     "an unknown type": tensors({"a": entry(kind="F33")}, bytes(8)),
+    "an unknown type of a long name": tensors({"x" * 100_000: entry(kind="F33")}, bytes(8)),
+    "a type of a long name": tensors({"a": entry(kind="F" * 100_000)}, bytes(8)),
     "a type of objects": tensors({"a": entry(kind="O")}, bytes(8)),
     "a type that is a path": tensors({"a": entry(kind="../../F32")}, bytes(8)),
     "more behind the tensors": tensors({"a": entry()}, bytes(9)),

@@ -165,6 +165,7 @@ def test_the_line_is_that_of_least_squares() -> None:
         growth.fit([1, 2, 2], [1, 2, 3])
 
 
+@pytest.mark.slow
 def test_times_are_of_each_size_there_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that slows down steadily bends no line: each size is measured as early as late."""
     order: list[int] = []
@@ -215,6 +216,7 @@ def test_bench_input(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert all(0 < r["images_per_second"]["p10"] <= r["images_per_second"]["p90"] for r in result["rows"])
 
 
+@pytest.mark.slow
 def test_bench_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A row for every combination, of a fresh process each; memory grows with images as was said, within a third."""
     options = ["nfnet_tiny", "--size", "32", "--batch", "64", "256"]

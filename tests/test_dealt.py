@@ -38,9 +38,9 @@ def _distance(a: Path, b: Path) -> float:
     "settings",
     [
         (),
-        ("--train.micro-batch", "2"),
+        pytest.param(("--train.micro-batch", "2"), marks=pytest.mark.slow),
         ("--optim.sam-rho", "0.05", "--optim.sam-every", "1"),
-        ("--train.remat", "block"),
+        pytest.param(("--train.remat", "block"), marks=pytest.mark.slow),
     ],
 )
 def test_dealt_weights_move_as_whole_ones(folder: Path, settings: tuple[str, ...]) -> None:

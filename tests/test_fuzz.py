@@ -324,7 +324,7 @@ FUZZERS: dict[str, Fuzzer] = {  # maker, reader, its error, and how many: a seco
     "safetensors header": (a_safetensors, _weights, UserError, 800),
     "checkpoint manifest": (a_manifest, load_checkpoint, UserError, 300),
 }
-LONG = 40  # times as many with -m slow
+LONG = 20  # times as many with -m slow
 
 
 def _either(maker: Maker, reader: Callable[[Path], Any], error: type[Exception], number: int, name: str) -> Case:

@@ -61,6 +61,7 @@ def test_five_in_a_row_lead_back_to_the_last_checkpoint(folder: Path) -> None:
     assert f"back to step {EPOCH}" in said(folder)
 
 
+@pytest.mark.slow
 def test_a_run_that_went_back_can_be_stopped_anywhere(folder: Path) -> None:
     """Before, between the bad steps, and behind them: the same bits in the end as without a stop."""
     bad = list(range(EPOCH + 4, EPOCH + 9))

@@ -105,7 +105,7 @@ def read_weights(path: Path) -> tuple[State, dict[str, Any]]:
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (SafetensorError, ValueError, OSError) as e:
-        raise UserError(f"{path} is not a whole safetensors file: {e}") from e
+        raise UserError(f"{path} is not a whole safetensors file: {str(e)[:300]}") from e
 
 
 def read_tensors(path: Path) -> State:
@@ -278,7 +278,7 @@ def read_header(path: Path) -> Any:
     try:
         return parse_json(_header(path) or "{}")
     except ValueError as e:
-        raise UserError(f"{path} is not a whole safetensors file: {e}") from e
+        raise UserError(f"{path} is not a whole safetensors file: {str(e)[:300]}") from e
 
 
 def _header(path: Path) -> str | None:

@@ -105,7 +105,7 @@ def load_checkpoint(folder: Path, group: Group | None = None) -> Checkpoint:
             try:
                 return Checkpoint(*_read(path), rejected)
             except (OSError, ValueError, SafetensorError) as e:  # as it was written: its checksum is right
-                problem = f"it cannot be read: {e}"
+                problem = f"it cannot be read: {str(e)[:300]}"
         rejected.append(f"{path.name}: {problem}")
     found = f": {'; '.join(rejected)}" if rejected else ""
     raise UserError(f"{folder} has no whole checkpoint{found}")
@@ -151,5 +151,5 @@ def _problem(path: Path) -> str | None:
     except FileNotFoundError as e:
         return f"{Path(str(e.filename)).name} is missing"
     except (OSError, ValueError, KeyError, TypeError) as e:
-        return f"the manifest cannot be read: {e}"
+        return f"the manifest cannot be read: {str(e)[:300]}"
     return None

@@ -303,13 +303,19 @@ def resume(job: Job) -> State:
 
 
 def _state_of(checkpoint: Checkpoint) -> State:
-    return State(**checkpoint.state | {"best": tuple(checkpoint.state["best"])})
+    try:
+        return State(**checkpoint.state | {"best": tuple(checkpoint.state["best"])})
+    except (TypeError, KeyError) as e:
+        raise UserError(f"the checkpoint is whole, and not of this version of normfree: {e}") from e
 
 
 def _restore(job: Job, state: State, tensors: dict[str, torch.Tensor]) -> None:
     """Put the learner and the lines of metrics where a state is."""
     learner = job.learner
-    learner.load_tensors(tensors, state.step)
+    try:
+        learner.load_tensors(tensors, state.step)
+    except (KeyError, ValueError) as e:
+        raise UserError(f"the checkpoint is whole, and not of this network: {e}") from e
     learner.micro_batch, learner.attempt = state.micro_batch, state.attempt
     learner.load_clipped_units(state.clipped)
     if learner.scaler is not None and state.loss_scale:
