@@ -218,3 +218,16 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert None not in codes[0]
     assert q.differences(whole(*settings), home / name) == []
     assert draws_of(home / name) == draws_of(whole(*settings))
+
+
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_checkpoint_is_made_by_the_clock(tmp_path: Path, world: int) -> None:
+    """Between evaluations, of a run that is then killed: it goes on from there, to the bits of one without."""
+    q.make_images(tmp_path / "images")
+    often = ("--train.save-minutes", "1e-9")
+    assert q.run(q.train(tmp_path, "cut", *often), tmp_path, "averaged:12:kill@0", world=world)[0] == -9
+    newest = max((tmp_path / "cut/checkpoints").glob("step-*"))
+    assert newest.name == "step-00000011"
+    assert q.run(q.train(tmp_path, "cut", "--train.save-minutes", "0"), tmp_path, world=world) == [0] * world
+    assert q.run(q.train(tmp_path, "whole"), tmp_path, world=world) == [0] * world
+    assert not q.differences(tmp_path / "whole", tmp_path / "cut")

@@ -130,6 +130,7 @@ class TrainConfig:
     remat: str = "none"  # compute maps again in backward instead of keeping them: of each "block" or "stage"
     eval_batch_size: int = 250
     log_every: int = 10  # steps between lines of metrics.jsonl
+    save_minutes: float = 15.0  # a checkpoint after so long without one, between evaluations; 0 makes none there
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("train.remat", "none, block or stage", lambda v: v in ("none", "block", "stage")),
     ("train.eval_batch_size", "positive", lambda v: v > 0),
     ("train.log_every", "positive", lambda v: v > 0),
+    ("train.save_minutes", "not negative", lambda v: v >= 0),
 )
 
 
@@ -291,7 +293,7 @@ def check_given(run: Run, given: Iterable[str]) -> None:
 
 
 # settings that a resumed run may change: what is computed is the same
-MOVABLE = ("train.device", "train.log_every", "data.workers", "data.timeout")
+MOVABLE = ("train.device", "train.log_every", "train.save_minutes", "data.workers", "data.timeout")
 
 
 def settings_hash(run: Run) -> str:

@@ -32,6 +32,7 @@ from normfree.train.signals import StopRequest, exit_code
 from normfree.train.step import Outcome
 
 _NO_LIMIT = 2**62  # images
+_SAVE = 1  # in place of a signal's number, which are all greater: save and go on
 _IN_A_ROW = 5  # steps that are not finite, until the run goes back to its last checkpoint
 _ATTEMPTS = 3  # times that it goes back
 
@@ -89,7 +90,7 @@ def fit(job: Job, state: State) -> State:
     began = time.monotonic() - state.seconds
     sums = torch.tensor(state.sums, dtype=torch.float64, device=job.run.train.device)
     batches = _batches(job, state.taken)
-    waited = 0.0  # for batches, since the last line
+    waited, saved = 0.0, time.monotonic()  # for batches, since the last line; when a checkpoint was
     bad: list[tuple[int, str]] = []  # training images that could not be read, since others were told
     with StopRequest(deaf=job.group.world > 1) as stop, job.screen.progress(job.total, state.step) as line:
         while True:
@@ -102,11 +103,14 @@ def fit(job: Job, state: State) -> State:
             over = state.step == job.total or stop.received is not None
             batch = None if over else next(batches, None)
             waited += time.monotonic() - waiting
-            if number := job.group.agree(stop.received or 0):
+            if number := job.group.agree(stop.received or _is_long_ago(job, saved)):
                 state.seconds = time.monotonic() - began
                 if not due:
                     _save(job, state, sums, bad)
-                raise Stopped(exit_code(number))
+                if number != _SAVE:
+                    raise Stopped(exit_code(number))
+            if due or number:
+                saved = time.monotonic()
             if state.step == job.total:
                 return state
             if batch is None:  # as many steps were left out as were due
@@ -130,6 +134,12 @@ def fit(job: Job, state: State) -> State:
                 _log(job, state, _whole(job, sums.tolist()), waited, line)
                 sums.zero_()
                 state.images, state.line_seconds, waited = 0, state.seconds, 0.0
+
+
+def _is_long_ago(job: Job, saved: float) -> int:
+    """_SAVE if a checkpoint is due by the clock of rank 0, otherwise 0."""
+    limit = 60 * job.run.train.save_minutes
+    return _SAVE if job.group.first and limit and time.monotonic() - saved > limit else 0
 
 
 def fit_memory(job: Job) -> None:
