@@ -456,10 +456,13 @@ def test_settings_that_do_not_go_together_are_refused(changes: dict[str, Any], m
 
 
 def test_memory_follows_remat_precision_and_what_is_copied() -> None:
-    """Maps that are computed again are not kept, those of 16 bits are half as large; SAM and Adam keep more."""
+    """Maps that are computed again are kept for one block or stage at a time, those of 16 bits are half as large.
+
+    A whole stage is more than a block and what enters each of the others, here; SAM and Adam keep more copies.
+    """
     config = model_config("nfnet_small")
     of = {remat: choose.step_memory(config, 64, 32, choose.Costs(remat)) for remat in ("none", "block", "stage")}
-    assert of["stage"] < of["block"] < of["none"] / 2
+    assert of["block"] < of["stage"] < of["none"]
     weights = 4 * parameters(config)
     half = choose.step_memory(config, 64, 32, choose.Costs(precision="bf16"))
     assert half - 4 * weights == pytest.approx((of["none"] - 4 * weights) / 2, rel=1e-6)
