@@ -249,6 +249,7 @@ def test_rows_of_memory_say_how_it_was_computed(
     assert "does not fit" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_bench_growth(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Four lines, each with its fit; and the picture."""
     monkeypatch.setattr(memory, "in_fresh_process", lambda task: memory.Peak(1000, 1500 + 10 * task.batch))

@@ -39,7 +39,7 @@ def _distance(a: Path, b: Path) -> float:
     [
         (),
         pytest.param(("--train.micro-batch", "2"), marks=pytest.mark.slow),
-        ("--optim.sam-rho", "0.05", "--optim.sam-every", "1"),
+        pytest.param(("--optim.sam-rho", "0.05", "--optim.sam-every", "1"), marks=pytest.mark.slow),
         pytest.param(("--train.remat", "block"), marks=pytest.mark.slow),
     ],
 )
@@ -54,6 +54,7 @@ def test_dealt_weights_move_as_whole_ones(folder: Path, settings: tuple[str, ...
     assert counts == [16, 16]
 
 
+@pytest.mark.slow
 def test_a_dealt_run_goes_on_after_a_stop(folder: Path) -> None:
     """With as many processes to the last bit, with one to summation error: checkpoints hold whole tensors."""
     assert run(train(folder, "undisturbed", *_DEALT), folder, world=2) == [0, 0]

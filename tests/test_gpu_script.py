@@ -47,6 +47,7 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
+@pytest.mark.slow
 def test_the_checks_run_and_hold(tmp_path: Path) -> None:
     """On a CPU against itself, with a tiny network."""
     done = script("--dry", "--out", tmp_path, *CORRECTNESS)
