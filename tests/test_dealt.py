@@ -74,10 +74,11 @@ def test_a_dealt_run_leaves_out_what_is_not_finite(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [("--train.batch-size", "9"), ("--optim.kind", "lars"), ("--optim.head-only", "1")]
+    "settings", [("--train.batch-size", "9"), ("--train.precision", "fp16"), ("--optim.head-only", "1")]
 )
 def test_what_does_not_go_together_is_refused(folder: Path, settings: tuple[str, ...]) -> None:
     """Before anything is made."""
+    before = said(folder).count("--train.sharded")
     assert run(train(folder, "refused", *settings, *_DEALT), folder, world=2) == [1, 1]
-    assert "--train.sharded" in said(folder)
+    assert said(folder).count("--train.sharded") > before
     assert not (folder / "refused").exists()
