@@ -11,19 +11,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from example_run import RUN
 from hostile import Case
-from normfree.config import DataConfig, ModelConfig, OptimConfig, Run, TrainConfig, UserError, to_dict
+from normfree.config import Run, UserError, to_dict
 from normfree.models import model_config
 from normfree.train.record import RunFolder, validation_source
 
 Change = Callable[[dict[str, Any]], object]
-RUN = Run(
-    recipe="folder",
-    model=ModelConfig("nfnet_tiny"),
-    data=DataConfig("images", 32, 32, "shift", 0.25, 3, 0.1, 10.0, False, "pad", 2),
-    optim=OptimConfig(0.1, 0.02, 1.0),
-    train=TrainConfig(10.0, 64),
-)
 
 
 def read_config(path: Path) -> Run:

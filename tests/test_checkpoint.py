@@ -23,7 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from normfree.config import DataConfig, ModelConfig, OptimConfig, Run, TrainConfig, UserError
+from example_run import RUN
+from normfree.config import Run, UserError
 from normfree.data.sources import open_data, open_folder
 from normfree.train.checkpoint import Checkpoint, has_checkpoint, load_checkpoint, save_checkpoint
 from normfree.train.record import RunFolder, conflicts, free_folder, newest_run, validation_source
@@ -37,13 +38,6 @@ JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=12,
-)
-RUN = Run(
-    recipe="folder",
-    model=ModelConfig("nfnet_tiny"),
-    data=DataConfig("images", 32, 32, "shift", 0.25, 3, 0.1, 10.0, False, "pad", 2),
-    optim=OptimConfig(0.1, 0.02, 1.0),
-    train=TrainConfig(10.0, 64),
 )
 
 

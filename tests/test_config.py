@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from example_run import RUN as FOLDER_RUN
 from normfree.config import (
     DataConfig,
     Given,
@@ -37,13 +38,7 @@ from normfree.train.build import build_learner
 from normfree.train.length import Length
 
 CALM = settings(deadline=None, max_examples=60)  # a busy machine is no failure
-RUN = Run(
-    recipe="digits",
-    model=ModelConfig("nfnet_tiny"),
-    data=DataConfig("digits", 32, 32, "shift", 0.25, 3, 0.1, 10.0, False, "pad", 2),
-    optim=OptimConfig(0.1, 0.02, 1.0),
-    train=TrainConfig(10.0, 64),
-)
+RUN = replace(FOLDER_RUN, recipe="digits", data=replace(FOLDER_RUN.data, root="digits"))
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 TRIPLES = st.tuples(NUMBERS, NUMBERS, NUMBERS)
 RUNS = st.builds(

@@ -39,6 +39,7 @@ from normfree.train.checkpoint import load_checkpoint, save_checkpoint
 from normfree.train.length import Length
 from normfree.train.reduce import Tree
 from normfree.train.share import ascents, check_share, share_of
+from normfree.train.work import parts_of
 from ranks import Ranks, command, ranks, together
 from test_step import AS_IT_IS, CLASSES, NARROW, SIDE, a_run, copies, distance, equal, in_float64
 
@@ -279,7 +280,7 @@ def _summed_each_pass(learner: Any) -> None:
     plain = learner._backward
 
     def backward(work: Any, slots: range, n: int, total: Any = None) -> Tensor:
-        parts = list(step_module._parts(slots, learner.micro_batch))
+        parts = list(parts_of(slots, learner.micro_batch))
         return torch.stack([plain(work, part, n, total) for part in parts]).sum(0)
 
     learner._backward = backward

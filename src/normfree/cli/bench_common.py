@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -46,21 +45,6 @@ def place(args: Measured, group: Group | None = None) -> torch.device:
     check_device(args.device)
     name = args.device or device()[0]
     return torch.device(name if group is None else group.device(name))
-
-
-def with_others(run: Callable[[Group], int]) -> int:
-    """Run among the processes that torchrun has started, or alone; where it fails, the first that does says why."""
-    group, failed = Group.from_environment(), True
-    try:
-        code = run(group)
-        failed = code != 0
-    except Exception:
-        if group.first_to_fail():
-            raise
-        code = 1
-    finally:
-        group.close(failed)
-    return code
 
 
 def turns(works: dict[str, Work], rounds: int, where: torch.device, warmup: int = 2) -> dict[str, list[float]]:

@@ -13,7 +13,8 @@ from rich.table import Table
 from normfree.bench import steps
 from normfree.bench.latency import apart, rows, together
 from normfree.bench.peak import measure_peak
-from normfree.cli.bench_common import Measured, Precision, hand_over, place, with_others
+from normfree.cli.bench_common import Measured, Precision, hand_over, place
+from normfree.cli.common import among_processes
 from normfree.config import UserError
 from normfree.distributed import Group
 from normfree.runlog import Screen
@@ -49,7 +50,7 @@ class Latency(Steps):
 
 def latency(args: Latency, command: str) -> int:
     """Measure the networks and hand the numbers over."""
-    return with_others(lambda group: _latency(args, command, group))
+    return among_processes(lambda group: _latency(args, command, group))
 
 
 def _latency(args: Latency, command: str, group: Group) -> int:

@@ -12,9 +12,9 @@ from rich.table import Table
 from normfree.bench import steps
 from normfree.bench.paper import CONDITIONS, measurable
 from normfree.bench.table3 import beside_the_paper
-from normfree.cli.bench_common import Precision, hand_over, place, with_others
+from normfree.cli.bench_common import Precision, hand_over, place
 from normfree.cli.bench_latency import Steps, cells, measure
-from normfree.cli.common import warn
+from normfree.cli.common import among_processes, warn
 from normfree.config import UserError
 from normfree.distributed import Group
 from normfree.files import write_atomic
@@ -39,7 +39,7 @@ class Table3(Steps):
 
 def table3(args: Table3, command: str) -> int:
     """Measure, draw, and hand the numbers over."""
-    return with_others(lambda group: _table3(args, command, group))
+    return among_processes(lambda group: _table3(args, command, group))
 
 
 def _table3(args: Table3, command: str, group: Group) -> int:

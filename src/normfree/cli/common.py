@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from rich.table import Table
 
 from normfree.config import Run, UserError, from_dict, suggestion
 from normfree.data.crop import Preprocessing
+from normfree.distributed import Group
 from normfree.evaluate import published_preprocessing
 from normfree.models import MODELS, Network, model_config
 from normfree.models.download import PUBLISHED, find_weights
@@ -31,6 +32,21 @@ T = TypeVar("T")
 def parse(kind: type[T], command: str, arguments: Sequence[str]) -> T:
     """The arguments of a command as a dataclass; leaves with 2 and the nearest names if they are off."""
     return tyro.cli(kind, prog=f"normfree {command}", args=list(arguments))
+
+
+def among_processes(run: Callable[[Group], int]) -> int:
+    """The exit code of `run`, alone or among the processes that torchrun started; the first to fail says why."""
+    group, failed = Group.from_environment(), True
+    try:
+        code = run(group)
+        failed = code != 0
+    except (Exception, KeyboardInterrupt) as e:
+        if group.first_to_fail():
+            raise
+        code = 130 if isinstance(e, KeyboardInterrupt) else 1  # another process has said why
+    finally:
+        group.close(failed)
+    return code
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from normfree.cli.common import check_device, parse, warn
+from normfree.cli.common import among_processes, check_device, parse, warn
 from normfree.cli.settings import OPTIONAL, given_settings, images_for, recipe_name
 from normfree.config import Given, Run, UserError, check_given, check_ranges, from_dict, to_dict
 from normfree.data.sources import Source, SyntheticSource, describe, open_data
@@ -47,18 +47,7 @@ def run(arguments: Sequence[str]) -> int:
     """Train, report, and say what can be done next."""
     with _quiet_unless_first():
         args: Any = parse(_Arguments, "train", _with_resume(arguments))
-    group = Group.from_environment()
-    failed = True
-    try:
-        code = _run(args, group)
-        failed = code != 0
-    except (Exception, KeyboardInterrupt) as e:
-        if group.first_to_fail():
-            raise
-        code = 130 if isinstance(e, KeyboardInterrupt) else 1  # another process has said why
-    finally:
-        group.close(failed)
-    return code
+    return among_processes(lambda group: _run(args, group))
 
 
 @contextlib.contextmanager
@@ -159,7 +148,10 @@ def _of_first(settings: Run, group: Group) -> Run:
 
 
 def _on_own_device(settings: Run, group: Group) -> Run:
-    device = group.device(settings.train.device)
+    return _on(settings, group.device(settings.train.device))
+
+
+def _on(settings: Run, device: str) -> Run:
     return dataclasses.replace(settings, train=dataclasses.replace(settings.train, device=device))
 
 
@@ -204,8 +196,7 @@ def _start(job: Job, given: Given) -> State:
 
 def _as_given(settings: Run, group: Group) -> Run:
     """Without the device of one process in particular."""
-    device = settings.train.device.partition(":")[0] if group.world > 1 else settings.train.device
-    return dataclasses.replace(settings, train=dataclasses.replace(settings.train, device=device))
+    return _on(settings, settings.train.device.partition(":")[0]) if group.world > 1 else settings
 
 
 def _reopen(path: Path, args: Any, given: Given, screen: Screen, group: Group) -> Job:

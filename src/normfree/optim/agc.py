@@ -212,6 +212,11 @@ def group_factors(
     return found._replace(factors=[f.to(g.dtype) for f, g in zip(found.factors, grads, strict=True)])
 
 
+def all_finite(grads: list[Tensor]) -> Tensor:
+    """Whether the norms of all gradients that are here are finite, (), on their device."""
+    return torch.isfinite(torch.stack(torch._foreach_norm(grads))).all()
+
+
 def clipped_copies(grads: list[Tensor], found: Clipping) -> list[Tensor]:
     """The gradients times their factors; on a CPU those of which no unit was clipped are not copied."""
     if grads[0].device.type == "cpu":  # where reading the counts waits for nothing

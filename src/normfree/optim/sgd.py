@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
-from normfree.optim.agc import Clipping, clipped_copies, group_factors, over_ranks, vector_norms, with_gradients
+from normfree.optim.agc import (
+    Clipping,
+    all_finite,
+    clipped_copies,
+    group_factors,
+    over_ranks,
+    vector_norms,
+    with_gradients,
+)
 from normfree.optim.groups import check_clipping
 from normfree.optim.shards import is_sharded, local_parts, sums_over_ranks
 
@@ -143,7 +151,7 @@ class AGCSGD(torch.optim.Optimizer):
         clipped = (x for g, _, params, grads in work if g["clipping"] is not None for x in (*params, *grads))
         whole = vector_norms(clipped)
         ready = [self._clipped(*item, whole) for item in work if item[1]]
-        self.skipped = self.skip_nonfinite and not _all_finite(ready)
+        self.skipped = self.skip_nonfinite and not _are_finite(ready)
         if not self.skipped:
             self._found = [(r.group, r.indices, r.found._replace(factors=[])) for r in ready if r.found is not None]
             for r in ready:
@@ -182,12 +190,9 @@ class _Ready(NamedTuple):
     found: Clipping | None
 
 
-def _all_finite(ready: list[_Ready]) -> bool:
+def _are_finite(ready: list[_Ready]) -> bool:
     """Whether the norms of all gradients are, on all ranks; clipped ones are known."""
-    bad = [
-        ~(torch.isfinite(torch.stack(torch._foreach_norm(r.grads))).all() if r.found is None else r.found.finite)
-        for r in ready
-    ]
+    bad = [~(all_finite(r.grads) if r.found is None else r.found.finite) for r in ready]
     split = [next((p for p in r.params if is_sharded(p)), None) for r in ready]
     return not any(n.item() for n in sums_over_ranks([flag.float() for flag in bad], split))
 

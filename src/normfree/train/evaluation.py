@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
-from normfree.data.loader import Loading
 from normfree.evaluate import Interrupted, Scores, infer_all, score
 from normfree.models.weights import describe, save_weights
 from normfree.runlog import duration, percent
@@ -49,11 +48,10 @@ def evaluate(job: Job, state: State, should_stop: Callable[[], bool]) -> None:
 
 def _scores(job: Job, state: State, models: dict[str, Any], should_stop: Callable[[], bool]) -> dict[str, Scores]:
     """By the kind of weights, the same on every process."""
-    d, t = job.run.data, job.run.train
-    loading = Loading(d.workers, t.device.startswith("cuda"), d.timeout)
     preprocessing, networks = job.learner.preprocessing, list(models.values())
+    batch_size = job.run.train.eval_batch_size
     with gathered(*networks) if is_dealt(job) else nullcontext():
-        outputs = infer_all(networks, job.val, preprocessing, t.eval_batch_size, loading, should_stop, group=job.group)
+        outputs = infer_all(networks, job.val, preprocessing, batch_size, job.loading, should_stop, group=job.group)
     note_bad(job, job.val, job.group.broadcast(outputs[0].bad if outputs else []), state.bad_val)
     found = [asdict(score(out, job.run.optim.loss)) for out in outputs]
     return {kind: Scores(**s) for kind, s in zip(models, job.group.broadcast(found), strict=True)}

@@ -9,7 +9,6 @@ import torch
 from normfree.config import flat, from_dict, printable
 from normfree.data.crop import Preprocessing
 from normfree.data.decode import EXTENSIONS
-from normfree.data.loader import Loading
 from normfree.evaluate import infer, score
 from normfree.files import write_atomic, write_json
 from normfree.models.weights import load_model
@@ -23,9 +22,8 @@ def finish(job: Job, state: State) -> dict[str, Any]:
     """Write summary.json, bad_images.txt, the pictures and report.html; returns the summary."""
     model, about = load_model(job.folder.weights)
     preprocessing = from_dict(Preprocessing, about["preprocessing"])
-    d, t = job.run.data, job.run.train
-    loading = Loading(d.workers, t.device.startswith("cuda"), d.timeout)
-    outputs = infer(model.to(t.device), job.val, preprocessing, about["eval_batch_size"], loading)
+    device = job.run.train.device
+    outputs = infer(model.to(device), job.val, preprocessing, about["eval_batch_size"], job.loading)
     ignored = _ignored(job)
     bad = ignored | state.bad | state.bad_val
     summary: dict[str, Any] = {
@@ -50,7 +48,7 @@ def finish(job: Job, state: State) -> dict[str, Any]:
     why = job.folder.read_reasons()
     findings = Findings(
         title=f"{job.run.model.name} on {job.run.data.root}: {percent(summary['top1'])}",
-        facts=_facts(summary, t.device),
+        facts=_facts(summary, device),
         settings=[(n, str(v), why.get(n, "")) for n, v in flat(job.run).items()],
         metrics=job.folder.read_metrics(),
         outputs=outputs,

@@ -9,6 +9,7 @@ import torch
 
 from normfree.config import Run, UserError
 from normfree.data.crop import TrainCrop
+from normfree.data.loader import Loading
 from normfree.data.sources import Source
 from normfree.distributed import Group
 from normfree.optim.shards import local
@@ -70,6 +71,12 @@ class Job:
     evaluate_at: frozenset[int]  # steps
     screen: Screen
     group: Group = field(default_factory=Group.alone)
+
+    @property
+    def loading(self) -> Loading:
+        """How batches are made, of training images and of others."""
+        d = self.run.data
+        return Loading(d.workers, self.run.train.device.startswith("cuda"), d.timeout)
 
 
 def is_dealt(job: Job) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from normfree.config import Run, UserError, check_ranges, flat, is_out_of_memory, settings_hash
-from normfree.data.loader import Batch, Loading, train_batches
+from normfree.data.loader import Batch, train_batches
 from normfree.data.sources import ArraySource, Source, fingerprint, several_labels
 from normfree.distributed import Group
 from normfree.files import write_json
@@ -221,13 +221,12 @@ def _whole(job: Job, sums: list[float]) -> list[float]:
 
 
 def _batches(job: Job, start: int) -> Iterator[Batch]:
-    d, t = job.run.data, job.run.train
+    t = job.run.train
     # steps may be left out, which are made up for with further batches
     steps = range(start, 2 * job.total + _IN_A_ROW * (_ATTEMPTS + 1))
-    loading = Loading(d.workers, t.device.startswith("cuda"), d.timeout)
     reads, own, device = job.learner.augment.reads, job.learner.share(t.batch_size).slots, torch.device(t.device)
     slots = range(own.start * reads, own.stop * reads)
-    return train_batches(job.train, job.crop, t.seed, t.batch_size * reads, steps, loading, slots, device)
+    return train_batches(job.train, job.crop, t.seed, t.batch_size * reads, steps, job.loading, slots, device)
 
 
 def _log(job: Job, state: State, sums: list[float], waited: float, line: ProgressLine) -> None:

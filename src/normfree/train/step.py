@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -23,15 +23,17 @@ from normfree.models.weights import Loaded, fill_from
 from normfree.nn.layers import Draws
 from normfree.nn.loss import hits, sample_losses
 from normfree.optim import AGCSGD, EMA, SAM, WarmupCosine
-from normfree.optim.agc import clip_group_
+from normfree.optim.agc import all_finite, clip_group_
 from normfree.random import Purpose
 from normfree.train.reduce import GradientSum, Tree, average_, gradients
 from normfree.train.sharded import RowSum, load_full, shard, shard_like
 from normfree.train.share import Ascent, Share, ascents, share_of, unit_of
+from normfree.train.work import Buffers, Work, frozen_statistics, parts_of
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+Total = GradientSum | RowSum
 _Counts = tuple[list[str], Tensor, list[int]]  # names of tensors, clipped units of each, all units of each
 
 
@@ -70,9 +72,9 @@ class Learner:
     def __post_init__(self) -> None:
         parameters, world = list(self.model.parameters()), self.group.world
         self._averaged_over = 1  # processes, where a sum of gradients comes out as their mean
-        self._sum: GradientSum | RowSum = GradientSum(parameters, self.group)
+        self._sum: Total = GradientSum(parameters, self.group)
         together = world // self.run.optim.sam_shards if self.sam is not None else 1  # processes that ascend as one
-        self._ascent_sum: GradientSum | RowSum = GradientSum(parameters, self.group.split(max(1, together)))
+        self._ascent_sum: Total = GradientSum(parameters, self.group.split(max(1, together)))
 
     def shard(self) -> None:
         """Deal weights, average and momentum to the processes, which then hold a part of each; once, before steps."""
@@ -117,10 +119,10 @@ class Learner:
         if self.head_steps > 0:
             for name, p in self.model.named_parameters():
                 p.requires_grad_(not head_only or name.startswith("fc."))
-        buffers = _Buffers(self.model)
+        buffers = Buffers(self.model)
         with frozen_statistics(self.model) if head_only else nullcontext():
             draws = self._draws(taken, len(targets), share.slots.start)
-            sums = self._fitting_gradients(_Work(images, targets, draws, share), buffers)
+            sums = self._fitting_gradients(Work(images, targets, draws, share), buffers)
         average_([b for b in self.model.buffers() if b.is_floating_point()], self.group)
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule(applied)
@@ -131,7 +133,7 @@ class Learner:
         self.ema.update(self.model)
         return Outcome(torch.cat([sums, self._count(counts)]), applied=True)
 
-    def _fitting_gradients(self, work: _Work, buffers: _Buffers, alone: bool = False) -> Tensor:
+    def _fitting_gradients(self, work: Work, buffers: Buffers, alone: bool = False) -> Tensor:
         """`_gradients`, of half as many images at once, from now on, as long as memory runs out.
 
         Not where other processes wait for a sum, nor where shards have a fixed shape.
@@ -169,13 +171,13 @@ class Learner:
         n = len(share.slots)
         images = torch.zeros(n, 3, size, size, dtype=torch.uint8, device=device).to(memory_format=torch.channels_last)
         labels = torch.zeros(n, dtype=torch.int64, device=device)
-        work = _Work(images, labels, self._draws(0, n), share)
-        buffers = _Buffers(self.model)
+        work = Work(images, labels, self._draws(0, n), share)
+        buffers = Buffers(self.model)
         self._fitting_gradients(work, buffers, alone=True)
         self.optimizer.zero_grad(set_to_none=True)
         buffers.restore()
 
-    def _gradients(self, work: _Work, alone: bool) -> Tensor:
+    def _gradients(self, work: Work, alone: bool) -> Tensor:
         """Leave the mean gradient over the batch in the parameters; with SAM, of each shard at its ascent point.
 
         `alone` leaves out what other processes have.
@@ -194,10 +196,10 @@ class Learner:
 
     def _descend(
         self,
-        work: _Work,
+        work: Work,
         part: Ascent,
-        ascent_total: GradientSum | RowSum | None = None,
-        total: GradientSum | RowSum | None = None,
+        ascent_total: Total | None = None,
+        total: Total | None = None,
     ) -> Tensor:
         """`_backward` of a part at the point to which its own gradient leads."""
         assert self.sam is not None
@@ -206,7 +208,7 @@ class Learner:
         with self.sam.descent(), frozen_statistics(self.model):
             return self._backward(work, part.slots, work.share.total, total)
 
-    def _in_shards(self, work: _Work, group: Group) -> Tensor:
+    def _in_shards(self, work: Work, group: Group) -> Tensor:
         """`_gradients` of shards of one shape, added in one order: the same bits for any number of processes."""
         size = work.share.total // (self.run.train.shards or 1)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -225,14 +227,14 @@ class Learner:
             p.grad = gradient
         return sums
 
-    def _backward(self, work: _Work, slots: range, n: int, total: GradientSum | RowSum | None = None) -> Tensor:
+    def _backward(self, work: Work, slots: range, n: int, total: Total | None = None) -> Tensor:
         """Add the gradient of (sum of the slots' losses) / n; returns (2,) sums of losses and correct predictions.
 
         With a `total` the gradients are then summed over processes, which have other slots.
         """
         o, dtype = self.run.optim, PRECISIONS[self.run.train.precision]
         sums = torch.zeros(2, dtype=torch.float64, device=work.images.device)
-        parts = list(_parts(slots, self.micro_batch)) or [slots]  # nothing of an ascent may be here
+        parts = list(parts_of(slots, self.micro_batch)) or [slots]  # nothing of an ascent may be here
         for part in parts:
             with total.last() if total is not None and part is parts[-1] else nullcontext():
                 if not part:
@@ -251,9 +253,10 @@ class Learner:
         """Clip and step, gradients unscaled first: what AGC found; None if they were not finite: nothing was done."""
         o = self.run.optim
         counts: list[_Counts] = []
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        elif not isinstance(self.optimizer, AGCSGD) and not _all_finite(self.model):
+        elif not isinstance(self.optimizer, AGCSGD) and not all_finite(grads):
             return None
         if o.kind == "norm":
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), o.clipping)
@@ -355,53 +358,3 @@ class Learner:
     def _optimized(self) -> Iterator[tuple[str, Tensor]]:
         for group in self.optimizer.param_groups:
             yield from zip(group["names"], group["params"], strict=True)
-
-
-def _all_finite(model: Network) -> bool:
-    """Whether the norms of all gradients are."""
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    return bool(torch.isfinite(torch.stack(torch._foreach_norm(grads))).all())
-
-
-class _Work(NamedTuple):
-    """A batch on the device: images (N, 3, H, W), targets, and the masks of each slot; share, which they are."""
-
-    images: Tensor
-    targets: Tensor
-    draws: Draws
-    share: Share
-
-    def at(self, slots: range) -> tuple[Tensor, Tensor, Draws]:
-        where = slice(slots.start, slots.stop, slots.step)
-        keep, dropout = (None if d is None else d[where] for d in self.draws)
-        return self.images[where], self.targets[where], Draws(keep, dropout)
-
-
-def _parts(slots: range, size: int | None) -> Iterator[range]:
-    """The slots, at most so many at once."""
-    size = size or max(1, len(slots))
-    return (slots[i : i + size] for i in range(0, len(slots), size))
-
-
-class _Buffers:
-    """The running statistics of batch norm, to be put back where a step is given up."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._saved = [(b, b.clone()) for b in model.buffers()]
-
-    def restore(self) -> None:
-        for buffer, before in self._saved:
-            buffer.copy_(before)
-
-
-@contextmanager
-def frozen_statistics(model: torch.nn.Module) -> Iterator[None]:
-    """Batch norm goes by the batch, as in training, and leaves its running statistics as they are."""
-    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d) and m.track_running_stats]
-    for m in norms:
-        m.track_running_stats = False
-    try:
-        yield
-    finally:
-        for m in norms:
-            m.track_running_stats = True
