@@ -440,10 +440,16 @@ def test_gradients_of_the_optimizers_task_are_partly_clipped() -> None:
     assert 0 < int(clipped) < units
 
 
-@pytest.mark.parametrize("folded", [True, False])
-def test_inference_is_of_the_network(folded: bool) -> None:
-    """It runs, and folded it is plain convolutions."""
-    inference.forward(steps.Task("nfnet_tiny", 32, 2, "bf16"), folded)()
+@pytest.mark.parametrize("ready", [True, False])
+def test_inference_is_of_the_network(ready: bool) -> None:
+    """It runs, as it comes and made ready."""
+    inference.forward(steps.Task("nfnet_tiny", 32, 2, "bf16"), ready)()
+
+
+def test_an_unknown_way_of_inference_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """With what there is."""
+    assert _main(["bench", "inference", "nfnet_tiny", "--ways", "bf16+frozen", "--device", "cpu"]) == 1
+    assert "fp32, bf16, fp16, int8, or with +compiled behind, not 'bf16+frozen'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -451,7 +457,7 @@ def test_inference_is_of_the_network(folded: bool) -> None:
     [
         (["latency", "nfnet_tiny", "nfnet_small", "--size", "32", "--batch", "2"], ["nfnet_tiny", "nfnet_small"]),
         (["optimizer", "nfnet_tiny", "--alone"], ["normfree"]),
-        (["inference", "nfnet_tiny", "--batch", "2"], ["nfnet_tiny, folded", "nfnet_tiny"]),
+        (["inference", "nfnet_tiny", "--batch", "2"], ["nfnet_tiny, ready, fp32", "nfnet_tiny, fp32"]),
     ],
 )
 def test_the_command_writes_numbers_with_conditions(

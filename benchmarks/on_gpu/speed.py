@@ -119,14 +119,14 @@ def large(setup: Setup, tasks: Sequence[tuple[str, int]], remat: str = "none") -
 
 
 def infer(setup: Setup, compiled: bool) -> dict[str, Any]:
-    """A forward pass in bfloat16 of 1, 32 and 256 images: folded, as it is, and timm's."""
+    """A forward pass in bfloat16 of 1, 32 and 256 images: made ready, as it is, and timm's."""
     name, size = setup.pick(("nfnet_f0", 256), ("nfnet_tiny", 32))
     found: dict[str, Any] = {"size": size, "precision": "bf16", "compiled": compiled}
     for n in setup.pick((1, 32, 256), (2,)):
         task = Task(name, size, n, "bf16", setup.device, compiled)
-        works = {f"{name}, folded": inference.forward(task)}
+        works = {f"{name}, ready": inference.forward(task)}
         if not compiled:
-            works[name] = inference.forward(task, folded=False)
+            works[name] = inference.forward(task, ready=False)
         if timm_or_none() is not None:
             works["timm"] = inference.forward(replace(task, model=rival_of_f0(setup)))
         found[f"{n} images"] = table(take_turns(works, setup.pick(50, 2), setup.where, warmup=setup.pick(5, 1)), n)

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from normfree import data, models, nn, optim
-    from normfree.models import convert, create_model, export_weights, fold, list_models, load_weights, save_weights
+    from normfree.models import (
+        convert,
+        create_model,
+        export_weights,
+        fold,
+        for_inference,
+        list_models,
+        load_weights,
+        save_weights,
+    )
     from normfree.optim import EMA, SAM, WarmupCosine, clip_grad_agc_, param_groups
 
 __version__ = "0.1.0"
@@ -21,6 +30,7 @@ _HOMES = {
     "create_model": "models",
     "export_weights": "models",
     "fold": "models",
+    "for_inference": "models",
     "list_models": "models",
     "load_weights": "models",
     "save_weights": "models",
@@ -42,6 +52,7 @@ __all__ = [
     "data",
     "export_weights",
     "fold",
+    "for_inference",
     "list_models",
     "load_weights",
     "models",

@@ -38,6 +38,11 @@ def find_images(paths: Sequence[str]) -> list[str]:
     return found
 
 
+def image_files(paths: list[str], classes: Sequence[str]) -> FolderSource:
+    """Files as a source of images, without labels."""
+    return FolderSource(Path(), Names(paths), np.zeros(len(paths), np.int64), tuple(classes))
+
+
 def predict(
     model: nn.Module,
     paths: list[str],
@@ -52,8 +57,7 @@ def predict(
         [{"path":, "label":, "probability":, "top5": [{"label":, "probability":}, ...]}, ...] in the order of the paths;
         probabilities are fractions of 1; those of weights trained with the loss "sigmoid" are each class's own.
     """
-    source = FolderSource(Path(), Names(paths), np.zeros(len(paths), np.int64), tuple(classes))
-    outputs = infer(model, source, preprocessing, batch_size)
+    outputs = infer(model, image_files(paths, classes), preprocessing, batch_size)
     found = zip(outputs.indices.tolist(), outputs.logits, strict=True)
     rows = [_row(paths[i], logits, probabilities(logits, loss), classes) for i, logits in found]
     return rows, [(paths[i], reason) for i, reason in outputs.bad]

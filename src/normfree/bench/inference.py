@@ -1,48 +1,45 @@
-"""A forward pass of trained networks: as they are, folded, in 16 bits, compiled."""
+"""A forward pass of trained networks: ours as it is and ready for inference, timm's as it comes, in any precision."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import nn
 
-from normfree.bench.steps import CLASSES, Task, images, library
+from normfree.bench.steps import CLASSES, TIMM, Task, images, library
 from normfree.bench.timing import Work
 from normfree.config import IMAGENET_MEAN, IMAGENET_STD
 from normfree.data.crop import Preprocessing
-from normfree.models import create_model, fold
-from normfree.train.step import PRECISIONS
+from normfree.models import create_model, for_inference
+from normfree.models.inference import TYPES, freeze
 
 
-def forward(task: Task, folded: bool = True) -> Work:
-    """One forward pass over the images of a task, already normalised, on the device; timm's networks as they come.
+def forward(task: Task, ready: bool = True) -> Work:
+    """One forward pass over the images of a task, already normalised, on the device.
 
-    Compiled networks have their weights frozen into the program.
+    Args:
+        task: its precision may be "int8" too, of ours made ready.
+        ready: ours as `normfree.for_inference` makes it; otherwise, and timm's always, as it comes in that precision.
 
     Raises:
-        UserError: timm is needed and not there.
+        UserError: timm is needed and not there, or the machine does not have the precision.
     """
-    model = _model(task.model, folded).to(task.device, PRECISIONS[task.precision]).to(memory_format=torch.channels_last)
-    normalized = Preprocessing(task.size, "squash", 0, IMAGENET_MEAN, IMAGENET_STD).normalize(images(task))
-    x = normalized.to(PRECISIONS[task.precision])
-    run: Any = model
-    if task.compiled:
-        import torch._inductor.config as inductor  # noqa: PLC0415 (it takes seconds)
-
-        inductor.freezing = True
-        run = torch.compile(model)
+    preprocessing = Preprocessing(task.size, "squash", 0, IMAGENET_MEAN, IMAGENET_STD)
+    x = preprocessing.normalize(images(task)).to(memory_format=torch.channels_last)
+    model: Any
+    if task.model.startswith(TIMM):
+        model = library().create_model(task.model.removeprefix(TIMM), num_classes=CLASSES).eval().to(task.device)
+    else:
+        model = create_model(task.model, CLASSES).eval().to(task.device)
+        if ready:
+            model = for_inference(model, task.precision, task.compiled, x)
+    if not ready or task.model.startswith(TIMM):
+        x = x.to(TYPES[task.precision])
+        model = model.to(TYPES[task.precision]).to(memory_format=torch.channels_last)
+        model = freeze(model) if task.compiled else model
 
     def work() -> None:
         with torch.no_grad():
-            run(x)
+            model(x)
 
     return work
-
-
-def _model(name: str, folded: bool) -> Any:
-    if name.startswith("timm:"):
-        model: nn.Module = library().create_model(name.removeprefix("timm:"), num_classes=CLASSES)
-        return model.eval()
-    network = create_model(name, CLASSES).eval()
-    return fold(network) if folded else network

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -12,11 +13,12 @@ from rich.table import Table
 from normfree.bench import inference, optimizer, startup, steps
 from normfree.bench.timing import ratio, spread
 from normfree.cli import bench_costs, bench_latency, bench_table3
-from normfree.cli.bench_common import Measured, Precision, hand_over, place, turns
+from normfree.cli.bench_common import Measured, hand_over, place, turns
 from normfree.cli.common import parse, warn
-from normfree.config import suggestion
+from normfree.config import UserError, suggestion
 from normfree.models import model_config
 from normfree.models.count import multiply_adds
+from normfree.models.inference import TYPES
 
 
 @dataclass
@@ -29,13 +31,14 @@ class _Optimizer(Measured):
 
 @dataclass
 class _Inference(Measured):
-    """Time a forward pass: ours as it is and folded, timm's as it comes."""
+    """Time a forward pass: ours as it is and made ready for inference, timm's as it comes."""
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional] = ("nfnet_f0",)  # ours, or timm:NAME
     size: int | None = None  # the first network's test size if not given
     batch: int = 8  # images of a pass
-    precision: Precision = "fp32"  # of weights and maps
-    compiled: bool = False  # torch.compile with frozen weights
+    ways: tuple[str, ...] = (
+        "fp32",
+    )  # fp32, bf16, fp16 or int8 (timm's have none), as bf16+compiled with torch.compile
 
 
 @dataclass
@@ -69,11 +72,18 @@ def _startup(args: _Startup, command: str) -> int:
 def _inference(args: _Inference, command: str) -> int:
     where, size = place(args), args.size or steps.size_of(args.models[0], "test")
     works = {}
-    for name in args.models:
-        task = steps.Task(name, size, args.batch, args.precision, str(where), args.compiled)
-        if not name.startswith(steps.TIMM):
-            works[f"{name}, folded"] = inference.forward(task)
-        works[name] = inference.forward(task, folded=False)
+    for name, way in itertools.product(args.models, args.ways):
+        precision, _, compiled = way.partition("+")
+        if precision not in TYPES or compiled not in ("", "compiled"):
+            raise UserError(f"--ways are {', '.join(TYPES)}, or with +compiled behind, not {way!r}")
+        task = steps.Task(name, size, args.batch, precision, str(where), compiled=bool(compiled))
+        if name.startswith(steps.TIMM):
+            if precision != "int8":
+                works[f"{name}, {way}"] = inference.forward(task)
+            continue
+        works[f"{name}, ready, {way}"] = inference.forward(task)
+        if precision != "int8" and not compiled:
+            works[f"{name}, {way}"] = inference.forward(task, ready=False)
     return _hand_over(args, command, turns(works, args.rounds, where), size)
 
 
@@ -93,7 +103,7 @@ def _per_image(args: Any, name: str, seconds: list[float], size: int | None) -> 
     per_second = args.batch / spread(seconds)["median"]
     found = {"images_per_second": per_second}
     if not name.startswith(steps.TIMM):
-        work = multiply_adds(model_config(name.removesuffix(", folded")), size)
+        work = multiply_adds(model_config(name.partition(",")[0]), size)
         found["multiply_adds_per_second"] = per_second * work
     return found
 

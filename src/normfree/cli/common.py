@@ -8,21 +8,25 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from normfree.config import Run, UserError, from_dict, suggestion
 from normfree.data.crop import Preprocessing
+from normfree.data.sources import Source
 from normfree.distributed import Group
-from normfree.evaluate import published_preprocessing
+from normfree.evaluate import published_preprocessing, sample_images
 from normfree.models import MODELS, Network, model_config
 from normfree.models.download import PUBLISHED, find_weights
+from normfree.models.inference import for_inference
 from normfree.models.weights import is_ours, load_foreign, load_model
 from normfree.nn.loss import LOSSES
+from normfree.recipes.choose import device
 from normfree.train.loop import weights_path
 from normfree.train.record import RunFolder
 
@@ -128,6 +132,31 @@ def _stored(path: Path, model: Network, about: dict[str, Any]) -> Preprocessing:
     if model.name not in MODELS:
         raise UserError(f"{path} does not say how its images are prepared")
     return published_preprocessing(model.name)
+
+
+@dataclass(kw_only=True)
+class Speed:
+    """How a trained network is run: by default in the arithmetic that its scores are stored of, to the last bit."""
+
+    device: str | None = None  # "cpu" or "cuda"
+    precision: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"  # of weights and maps; int8 is for CPUs, compiled
+    compile: bool = False  # by torch.compile with frozen weights: half a minute, then quickest
+
+
+_CALIBRATION = 64  # images whose ranges the integers cover
+
+
+def made_ready(trained: Trained, speed: Speed, source: Source, preprocessing: Preprocessing) -> nn.Module:
+    """The network on its device, as stored; folded and as `speed` says where that asks for something else.
+
+    Raises:
+        UserError: the device does not have the precision.
+    """
+    model = trained.model.to(speed.device or device()[0])
+    if speed.precision == "fp32" and not speed.compile:
+        return model
+    images = sample_images(source, preprocessing, _CALIBRATION) if speed.precision == "int8" else None
+    return for_inference(model, speed.precision, speed.compile, images)
 
 
 def check_device(device: str | None) -> None:

@@ -11,13 +11,12 @@ from typing import Annotated, Any
 
 import tyro
 
-from normfree.cli.common import Trained, check_device, load_trained, parse, warn
+from normfree.cli.common import Speed, Trained, check_device, load_trained, made_ready, parse, warn
 from normfree.config import UserError
 from normfree.data.crop import Preprocessing
 from normfree.data.loader import Loading
 from normfree.data.sources import Source, open_validation
 from normfree.evaluate import infer, score
-from normfree.recipes.choose import device
 from normfree.recipes.choose import workers as choose_workers
 from normfree.runlog import Screen, percent
 from normfree.train.record import validation_source
@@ -34,14 +33,13 @@ class _Data:
 
 
 @dataclass
-class _Arguments:
+class _Arguments(Speed):
     """Score weights on labelled images, prepared as is stored with them, or as is published for them."""
 
     target: Annotated[str, tyro.conf.Positional]  # a run folder, a weights file, or a model's name with --weights
     weights: str | None = None  # a file (ours, the authors' .npz, timm's), an address, "hub" or "authors"
     data: _Data = field(default_factory=_Data)
     batch_size: int | None = None  # that stored with the weights if not given
-    device: str | None = None  # "cpu" or "cuda"
     json: bool = False  # print one JSON object; accuracies are fractions of 1
 
 
@@ -52,14 +50,14 @@ def run(arguments: Sequence[str]) -> int:
     trained = load_trained(args.target, args.weights)
     preprocessing = _preprocessing(trained.preprocessing, args.data)
     source = _source(trained, args.data.root)
-    device_name = args.device or device()[0]
-    workers = choose_workers(device_name)[0] if args.data.workers is None else args.data.workers
-    model = trained.model.to(device_name)
+    model = made_ready(trained, args, source, preprocessing)
+    device = next(model.parameters()).device.type
+    workers = choose_workers(device)[0] if args.data.workers is None else args.data.workers
     batch = trained.batch_size if args.batch_size is None else args.batch_size
     if batch < 1 or workers < 0:
         raise UserError("--batch-size must be positive, and --data.workers not negative")
     with Screen(sys.stderr).progress(math.ceil(len(source) / batch), 0) as line:
-        loading = Loading(workers, pin=device_name.startswith("cuda"), timeout=600.0)
+        loading = Loading(workers, pin=device == "cuda", timeout=600.0)
         outputs = infer(model, source, preprocessing, batch, loading, done=line.advance)
     for index, reason in outputs.bad:
         warn(f"not counted: {source.name(index)}: {reason}")

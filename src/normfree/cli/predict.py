@@ -10,20 +10,18 @@ from typing import Annotated
 import tyro
 from rich.table import Table
 
-from normfree.cli.common import check_device, load_trained, parse, show, warn
-from normfree.predict import find_images, predict
-from normfree.recipes.choose import device
+from normfree.cli.common import Speed, check_device, load_trained, made_ready, parse, show, warn
+from normfree.predict import find_images, image_files, predict
 from normfree.runlog import percent
 
 
 @dataclass
-class _Arguments:
+class _Arguments(Speed):
     """Label image files."""
 
     target: Annotated[str, tyro.conf.Positional]  # a run folder, a weights file, or a model's name with --weights
     paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE|DIR...")]  # files, folders
     weights: str | None = None  # a file (ours, the authors' .npz, timm's), an address, "hub" or "authors"
-    device: str | None = None  # "cpu" or "cuda"
     json: bool = False  # print one JSON list; probabilities are fractions of 1
 
 
@@ -36,8 +34,8 @@ def run(arguments: Sequence[str]) -> int:
     check_device(args.device)
     trained = load_trained(args.target, args.weights)
     images = find_images(args.paths)
-    model = trained.model.to(args.device or device()[0])
-    classes = trained.classes or tuple(str(i) for i in range(model.config.num_classes))
+    classes = trained.classes or tuple(str(i) for i in range(trained.model.config.num_classes))
+    model = made_ready(trained, args, image_files(images, classes), trained.preprocessing)
     rows, bad = predict(model, images, classes, trained.preprocessing, trained.batch_size, trained.loss)
     if args.json:
         print(json.dumps(rows))

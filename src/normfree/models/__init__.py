@@ -15,6 +15,7 @@ from normfree.models.convert import convert
 from normfree.models.download import find_weights
 from normfree.models.families import MODELS, PER_STAGE, NetworkConfig
 from normfree.models.fold import fold
+from normfree.models.inference import for_inference
 from normfree.models.network import FeatureInfo, Network
 from normfree.models.weights import export_weights, fill_from, load_weights, save_weights
 
@@ -27,6 +28,7 @@ __all__ = [
     "create_model",
     "export_weights",
     "fold",
+    "for_inference",
     "list_models",
     "load_weights",
     "model_config",

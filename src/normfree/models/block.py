@@ -93,6 +93,7 @@ class Block(nn.Module):
         super().__init__()
         free = config.norm == "none"
         self.act, gamma = activation(config.activation)
+        self.act0 = self.act  # before the first convolution, where a sum is behind it
         self.gamma = gamma if free else 1.0
         self.beta = place.beta if config.beta_first and free else 1.0  # otherwise it is in the weights
         self.place, self.squeeze, self.pooled = place, config.squeeze, config.shortcut == "pool"
@@ -139,7 +140,7 @@ class Block(nn.Module):
         """What the convolutions of the block see, but for the factors that are in their weights."""
         if self.norm0 is not None:
             x = self.norm0(x)
-        return self.act(x if self.beta == 1.0 else x / self.beta)
+        return self.act0(x if self.beta == 1.0 else x / self.beta)
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """(N, C, H, W) -> (N, C', ceil(H / stride), ceil(W / stride)); keep (N,) is 0 for samples that skip it."""

@@ -91,16 +91,19 @@ class SameConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in, H, W) -> (N, out, ceil(H / stride), ceil(W / stride))."""
+        x, padding = self.padded(x)
         weight = self.filters().to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        padding = self.padding
-        if self.same:
-            (top, bottom), (left, right) = self._pads(x.shape[-2], 0), self._pads(x.shape[-1], 1)
-            if top == bottom and left == right:
-                padding = (top, left)
-            else:
-                x = F.pad(x, (left, right, top, bottom))
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+    def padded(self, x: Tensor) -> tuple[Tensor, str | tuple[int, int]]:
+        """The input with the zeros that differ between two sides, and those that the convolution can add itself."""
+        if not self.same:
+            return x, self.padding  # type: ignore[return-value]
+        (top, bottom), (left, right) = self._pads(x.shape[-2], 0), self._pads(x.shape[-1], 1)
+        if top == bottom and left == right:
+            return x, (top, left)
+        return F.pad(x, (left, right, top, bottom)), (0, 0)
 
     def _pads(self, size: int, axis: int) -> tuple[int, int]:
         kernel, stride, dilation = self.kernel_size[axis], self.stride[axis], self.dilation[axis]

@@ -8,16 +8,15 @@ numbers in bfloat16, two cores.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfree.nn.eager import is_eager_on_cpu
-from normfree.nn.signal import ACTIVATIONS
+from normfree.nn.signal import gelu
 
 _LINEAR = 2 * math.sqrt(2 / math.pi)  # 2 u = _LINEAR x + _CUBIC x^3
 _CUBIC = 0.044715 * _LINEAR
@@ -29,28 +28,40 @@ def fused_gelu(x: Tensor) -> Tensor:
     Elsewhere than on an eager CPU it is torch's: a compiled network needs no kernel of its own.
     """
     if not is_eager_on_cpu(x) or x.numel() == 0:
-        return F.gelu(x, approximate="tanh")
+        return gelu(x)
     found: Tensor = _FusedGelu.apply(x)  # type: ignore[no-untyped-call]
     return found
 
 
+def sigmoid_gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form, written as a compiler makes it quickest; of any shape and floating-point type."""
+    y = _wide(x)
+    return (y * torch.sigmoid(y * (_LINEAR + _CUBIC * y * y))).to(x.dtype)
+
+
+def replace_gelu(model: nn.Module, other: Callable[[Tensor], Tensor], names: Sequence[str] = ("act", "act0")) -> None:
+    """Put another function where modules have the tanh form of GELU as an attribute of one of the names."""
+    for module in model.modules():
+        for name in names:
+            if getattr(module, name, None) is gelu:
+                setattr(module, name, other)
+
+
 def fuse_activations(model: nn.Module) -> None:
-    """Let every module whose `act` is the tanh form of GELU use `fused_gelu`.
+    """Let every module that has the tanh form of GELU use `fused_gelu`.
 
     Raises:
         RuntimeError: torch.compile does not work here, for want of a C++ compiler, say.
     """
     fused_gelu(torch.zeros(2))  # is compiled now, if it can be
-    for module in model.modules():
-        if getattr(module, "act", None) is ACTIVATIONS["gelu"]:
-            module.act = fused_gelu  # type: ignore[assignment]
+    replace_gelu(model, fused_gelu)
 
 
 class _FusedGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return _kernel(_forward)(x)
+        return _kernel(sigmoid_gelu)(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -59,11 +70,6 @@ class _FusedGelu(torch.autograd.Function):
             again: Tensor = torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
             return again
         return _kernel(_backward)(grad, x)
-
-
-def _forward(x: Tensor) -> Tensor:
-    y = _wide(x)
-    return (y * torch.sigmoid(y * (_LINEAR + _CUBIC * y * y))).to(x.dtype)
 
 
 def _backward(grad: Tensor, x: Tensor) -> Tensor:

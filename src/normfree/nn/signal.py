@@ -38,12 +38,18 @@ GAMMA: dict[str, float] = {
     "tanh": 1.5939117670059204,
 }
 
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form: JAX's default, which the authors used."""
+    return F.gelu(x, approximate="tanh")
+
+
 # (N, C, ...) -> the same shape, except glu, which halves C; glu and log_softmax act on the channels.
 ACTIVATIONS: dict[str, Activation] = {
     "identity": lambda x: x,
     "celu": F.celu,
     "elu": F.elu,
-    "gelu": partial(F.gelu, approximate="tanh"),  # JAX's default form, which the authors used
+    "gelu": gelu,
     "glu": partial(F.glu, dim=1),
     "leaky_relu": F.leaky_relu,
     "log_sigmoid": F.logsigmoid,

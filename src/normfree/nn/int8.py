@@ -1,0 +1,112 @@
+"""Convolutions of 8-bit integers, for inference on CPUs.
+
+A map is rounded to 256 levels between the least and the greatest value that calibration saw, 0 among them; a weight to
+255 levels around 0, by output unit. Uncompiled the arithmetic is of the rounded numbers, in floats. torch.compile with
+frozen weights knows the pattern and makes it oneDNN's convolution of integers.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normfree.nn.conv import SameConv2d
+
+with suppress(ImportError):  # defines the operations below
+    import torch.ao.quantization.fx._decomposed
+
+LEVELS = 255
+_LEAST = 1e-12  # step, so that its inverse is a number
+
+
+def is_available() -> bool:
+    """Whether this torch and this processor have what it takes: the operations, and AVX512's or AVX's VNNI."""
+    return hasattr(torch.ops.quantized_decomposed, "quantize_per_tensor") and bool(torch.cpu._is_vnni_supported())
+
+
+class Int8Conv2d(SameConv2d):
+    """What a plain convolution computes, of a rounded map and a rounded weight.
+
+    Args:
+        conv: the convolution.
+        low, high: the range of its input, with 0 in between or not.
+    """
+
+    weight_levels: Tensor
+    unit_step: Tensor
+    unit_zero: Tensor
+    bias: nn.Parameter
+
+    def __init__(self, conv: SameConv2d, low: float, high: float) -> None:
+        with torch.device("meta"):
+            super().__init__(
+                conv.in_channels,
+                conv.out_channels,
+                conv.kernel_size,  # type: ignore[arg-type]
+                stride=conv.stride,  # type: ignore[arg-type]
+                padding="same" if conv.same else conv.padding,  # type: ignore[arg-type]
+                dilation=conv.dilation,  # type: ignore[arg-type]
+                groups=conv.groups,
+                in_place_of=conv.in_place_of,
+            )
+        low, high = min(low, 0.0), max(high, 0.0)
+        self.step = max((high - low) / LEVELS, _LEAST)
+        self.zero = round(-low / self.step)
+        weight = conv.weight.detach().float()
+        steps = weight.abs().amax(dim=(1, 2, 3)) / 127
+        steps = torch.where(steps > 0, steps, 1.0)
+        del self.weight
+        self.register_buffer("weight_levels", (weight / steps.view(-1, 1, 1, 1)).round().to(torch.int8))
+        self.register_buffer("unit_step", steps)
+        self.register_buffer("unit_zero", torch.zeros(len(steps), dtype=torch.int64))
+        bias = torch.zeros(len(steps)) if conv.bias is None else conv.bias.detach().float()
+        self.bias = nn.Parameter(bias, requires_grad=False)
+
+    def filters(self) -> Tensor:
+        """The rounded weight: (out, in / groups, kh, kw), float32."""
+        levels: Tensor = torch.ops.quantized_decomposed.dequantize_per_channel(
+            self.weight_levels, self.unit_step, self.unit_zero, 0, -128, 127, torch.int8
+        )
+        return levels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in, H, W) -> (N, out, ceil(H / stride), ceil(W / stride))."""
+        x, padding = self.padded(x)
+        ops, scheme = torch.ops.quantized_decomposed, (self.step, self.zero, 0, LEVELS, torch.uint8)
+        rounded = ops.dequantize_per_tensor(ops.quantize_per_tensor(x.float(), *scheme), *scheme).to(x.dtype)
+        weight, bias = self.filters().to(x.dtype), self.bias.to(x.dtype)
+        return F.conv2d(rounded, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+    def extra_repr(self) -> str:
+        """As of the base class, with the levels of the input."""
+        return f"{super().extra_repr()}, step={self.step:.5g}, zero={self.zero}"  # type: ignore[no-untyped-call]
+
+
+@torch.no_grad()
+def round_convolutions(model: nn.Module, images: Tensor) -> dict[str, Int8Conv2d]:
+    """By name, what the plain convolutions of a network become; those that see the image itself stay as they are.
+
+    Args:
+        model: in float32, with plain convolutions (`normfree.fold`).
+        images: (N, C, H, W), normalised, for which ranges are measured.
+    """
+    ranges: dict[SameConv2d, tuple[float, float]] = {}
+
+    def measure(conv: nn.Module, inputs: tuple[Tensor]) -> None:
+        assert isinstance(conv, SameConv2d)
+        low, high = (x.item() for x in inputs[0].aminmax())
+        before = ranges.get(conv, (math.inf, -math.inf))
+        ranges[conv] = min(low, before[0]), max(high, before[1])
+
+    named = {n: m for n, m in model.named_modules() if isinstance(m, SameConv2d) and m.in_channels != images.shape[1]}
+    hooks = [conv.register_forward_pre_hook(measure) for conv in named.values()]
+    try:
+        model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: Int8Conv2d(conv, *ranges[conv]) for name, conv in named.items() if conv in ranges}
