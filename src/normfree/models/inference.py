@@ -58,14 +58,15 @@ def _rounded(plain: nn.Module, images: Tensor | None) -> dict[str, int8.Int8Conv
 
 def freeze(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """A network compiled with its weights frozen, at the first call with each shape; to be called without gradients."""
-    compiled = torch.compile(model, dynamic=False)
+    compiled: list[Callable[[Tensor], Tensor]] = []
 
     def run(x: Tensor) -> Tensor:
-        import torch._inductor.config as inductor  # noqa: PLC0415 (it takes seconds)
+        import torch._inductor.config as inductor  # noqa: PLC0415 (the compiler takes seconds)
 
+        if not compiled:
+            compiled.append(torch.compile(model, dynamic=False))
         with inductor.patch(freezing=True):
-            found: Tensor = compiled(x)
-        return found
+            return compiled[0](x)
 
     return run
 
