@@ -26,6 +26,8 @@ from normfree.data.sources import SyntheticSource
 from normfree.models import MODELS, Network
 from normfree.models.exchange import from_haiku, haiku_name
 from normfree.models.weights import load_model, save_weights
+from normfree.nn import conv as conv_module
+from normfree.nn.conv import WSConv2d, standardize
 from normfree.nn.layers import Draws
 from normfree.nn.loss import LOSSES, balanced_weights, hits, probabilities, sample_losses
 from normfree.optim import AGCSGD, EMA, LARS, WarmupCosine, agc, param_groups
@@ -363,6 +365,28 @@ def test_the_parts_of_a_batch_add_up(micro_batch: int) -> None:
     assert sum(sizes) == 3 * 8
     assert max(sizes) == min(micro_batch, 8)
     assert whole.clipped_shares() == parts.clipped_shares()
+
+
+@pytest.mark.parametrize(("micro_batch", "sam_rho", "passes"), [(8, 0.0, 1), (3, 0.0, 1), (1, 0.0, 1), (3, 0.05, 2)])
+def test_weights_are_standardised_once_for_all_parts(
+    micro_batch: int, sam_rho: float, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And once more at the point of SAM; nothing of it is left behind the step, nor where a pass fails."""
+    learner, calls = a_learner(micro_batch=micro_batch, sam_rho=sam_rho), []
+    convolutions = [m for m in learner.model.modules() if isinstance(m, WSConv2d)]
+
+    def counted(weight: Tensor, *arguments: Any) -> Tensor:
+        calls.append(weight)
+        return standardize(weight, *arguments)
+
+    monkeypatch.setattr(conv_module, "standardize", counted)
+    learner.step(a_batch(0), 0, 0)
+    assert len(calls) == passes * len(convolutions)
+    broken = learner.model.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        learner.step(a_batch(1), 1, 1)
+    broken.remove()
+    assert all(m._standardized is None for m in convolutions)
 
 
 @pytest.mark.usefixtures("float64")

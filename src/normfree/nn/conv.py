@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -153,6 +155,7 @@ class WSConv2d(SameConv2d):
         if math.prod(self.weight.shape[1:]) == 1:
             raise ValueError("a fan-in of 1 cannot be standardised: the weight minus its mean is 0")
         self.scale, self.eps = scale, eps
+        self._standardized: Tensor | None = None  # where `standardized_once` has it
         self.gain = nn.Parameter(torch.ones_like(self.bias))  # type: ignore[arg-type]
 
     def reset_parameters(self) -> None:
@@ -163,6 +166,8 @@ class WSConv2d(SameConv2d):
 
     def filters(self) -> Tensor:
         """The standardised weight with its gain and scale, in float32 at least."""
+        if self._standardized is not None:
+            return self._standardized
         gain = self.gain if self.gain.dtype == torch.float64 else self.gain.float()
         return standardize(self.weight, gain * self.scale if self.scale != 1.0 else gain, self.eps)
 
@@ -188,3 +193,30 @@ class WSConv2d(SameConv2d):
     def extra_repr(self) -> str:
         """As of the base class, with the constant that the weight absorbs."""
         return f"{super().extra_repr()}, scale={self.scale:.5g}"  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def standardized_once(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Standardise each weight once for all passes in this block, which take it as given and add to its gradient.
+
+    Yields:
+        what carries those gradients on to the weights and gains, to be called behind the last backward pass.
+    """
+    found: list[tuple[WSConv2d, Tensor]] = []
+
+    def carry() -> None:
+        for conv, weight in found:
+            given, conv._standardized = conv._standardized, None
+            if given is not None and given.grad is not None:
+                weight.backward(given.grad)
+
+    try:
+        for conv in model.modules():
+            if isinstance(conv, WSConv2d):
+                weight = conv.filters()
+                found.append((conv, weight))
+                conv._standardized = weight.detach().requires_grad_(weight.requires_grad)
+        yield carry
+    finally:
+        for conv, _ in found:
+            conv._standardized = None

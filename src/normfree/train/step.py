@@ -20,6 +20,7 @@ from normfree.data.loader import Batch
 from normfree.distributed import Group
 from normfree.models import Network
 from normfree.models.weights import Loaded, fill_from
+from normfree.nn.conv import standardized_once
 from normfree.nn.layers import Draws
 from normfree.nn.loss import hits, sample_losses
 from normfree.optim import AGCSGD, EMA, SAM, WarmupCosine
@@ -235,19 +236,32 @@ class Learner:
         o, dtype = self.run.optim, PRECISIONS[self.run.train.precision]
         sums = torch.zeros(2, dtype=torch.float64, device=work.images.device)
         parts = list(parts_of(slots, self.micro_batch)) or [slots]  # nothing of an ascent may be here
-        for part in parts:
-            with total.last() if total is not None and part is parts[-1] else nullcontext():
-                if not part:
-                    continue
-                images, targets, draws = work.at(part)
-                logits = self.model(self.preprocessing.normalize(images, dtype), draws)
-                losses = sample_losses(logits, targets, o.loss, o.label_smoothing, self.class_weights)
-                loss = losses.sum() / (n / self._averaged_over)
-                # of a loss that is not finite the gradients might be: they must tell
-                seed = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan).to(loss.dtype)
-                (loss if self.scaler is None else self.scaler.scale(loss)).backward(seed)
-            sums += torch.stack([losses.detach().double().sum(), hits(logits, targets).double()])
+        once = standardized_once(self.model) if self._shares_weights(parts) else nullcontext(None)
+        with once as carry:
+            for part in parts:
+                with total.last() if total is not None and part is parts[-1] else nullcontext():
+                    if not part:
+                        continue
+                    images, targets, draws = work.at(part)
+                    logits = self.model(self.preprocessing.normalize(images, dtype), draws)
+                    losses = sample_losses(logits, targets, o.loss, o.label_smoothing, self.class_weights)
+                    loss = losses.sum() / (n / self._averaged_over)
+                    # of a loss that is not finite the gradients might be: they must tell
+                    seed = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan).to(loss.dtype)
+                    (loss if self.scaler is None else self.scaler.scale(loss)).backward(seed)
+                    sums += torch.stack([losses.detach().double().sum(), hits(logits, targets).double()])
+            if carry is not None:
+                carry()
         return sums
+
+    def _shares_weights(self, parts: list[range]) -> bool:
+        """Whether the passes of several parts can share the standardised weights.
+
+        Not where gradients are sent while the last pass goes on, nor where weights are dealt out; nor in a compiled
+        network, where they cost next to nothing.
+        """
+        whole = (self.group.world == 1 or bool(self.run.train.shards)) and isinstance(self._sum, GradientSum)
+        return whole and len(parts) > 1 and self.model._compiled_call_impl is None
 
     def _update(self) -> list[_Counts] | None:
         """Clip and step, gradients unscaled first: what AGC found; None if they were not finite: nothing was done."""
