@@ -101,7 +101,6 @@ def _full(_call: Call, room: str) -> None:
     """From here on the system itself lets no file grow beyond so many bytes."""
     import resource
 
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(room or 4096), resource.RLIM_INFINITY))
 
 
@@ -122,9 +121,9 @@ def _flip(call: Call, _value: str) -> None:
 
 def _tear(call: Call, _value: str) -> None:
     """Half of a file, or of a line, is written; then kill -9."""
-    if "content" in call:
-        path: Path = call["path"]
-        path.with_name(f".{path.name}.{os.getpid()}.tmp").write_bytes(call["content"][: len(call["content"]) // 2])
+    if "parts" in call:
+        path, content = call["path"], b"".join(call["parts"])
+        path.with_name(f".{path.name}.{os.getpid()}.tmp").write_bytes(content[: len(content) // 2])
     else:
         with open(call["self"].metrics, "a", encoding="utf-8") as f:
             f.write(json.dumps(call["line"])[:20])
