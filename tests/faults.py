@@ -56,6 +56,7 @@ POINTS = {
     "read": Point("normfree.data.loader:_TrainStream.__getitems__", "a loader makes training images; counted in each"),
     "step": Point("normfree.train.step:Learner.step", "a step begins"),
     "forward": Point(_FORWARD, "a micro-batch begins", lambda c: c["self"].training and not c["x"].is_meta),
+    "compile": Point("normfree.nn.fused:_kernel", "a compiled activation is due, of each layer and each way"),
     "update": Point("normfree.optim.sgd:AGCSGD.step", "the gradients are there, the weights are not changed"),
     "updated": Point("normfree.optim.sgd:AGCSGD.step", "the weights are changed, their average is not", after=True),
     "averaged": Point("normfree.optim.ema:EMA.update", "the average is changed too", after=True),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from normfree.train.record import RunFolder
 from normfree.train.saving import Saver, copies
 from normfree.train.sharded import full_tensors
 from normfree.train.share import check_share
-from normfree.train.signals import StopRequest, exit_code
+from normfree.train.signals import EndNow, StopRequest, exit_code
 from normfree.train.step import Outcome
 
 _NO_LIMIT = 2**62  # images
@@ -82,19 +83,21 @@ def fit(job: Job, state: State) -> State:
     """Train from a state to the end of the run.
 
     Raises:
-        Stopped: by a signal, after saving.
+        Stopped: by a signal, after saving; or in the first step while it is compiled, when there is nothing to save.
         Diverged: the loss is not finite; the last checkpoint is from before.
     """
+    deaf = job.group.world > 1
     if is_dealt(job):
         job.learner.shard()
-    fit_memory(job)
+    with StopRequest(deaf) as stop, _ending_at_once(stop):
+        fit_memory(job)
     began = time.monotonic() - state.seconds
     sums = torch.tensor(state.sums, dtype=torch.float64, device=job.run.train.device)
-    batches = _batches(job, state.taken)
+    first, batches = state.taken, _batches(job, state.taken)
     waited, saved = 0.0, time.monotonic()  # for batches, since the last line; when a checkpoint was
     bad: list[tuple[int, str]] = []  # training images that could not be read, since others were told
     with (
-        StopRequest(deaf=job.group.world > 1) as stop,
+        StopRequest(deaf) as stop,
         Saver(job.folder.checkpoints, job.screen.say) as saver,
         job.screen.progress(job.total, state.step) as line,
     ):
@@ -124,7 +127,9 @@ def fit(job: Job, state: State) -> State:
                 return state
             if batch is None:  # as many steps were left out as were due
                 raise Diverged(diagnosis(job, state))
-            outcome = _step(job, batch, state)
+            compiles = job.run.train.compile and state.taken == first
+            with _ending_at_once(stop) if compiles else nullcontext():
+                outcome = _step(job, batch, state)
             state.taken += 1
             bad += batch.bad
             if job.group.world == 1:
@@ -161,6 +166,20 @@ def fit_memory(job: Job) -> None:
     learner.micro_batch = fits if fits < _NO_LIMIT else None
     if learner.micro_batch != before:
         job.screen.say(f"{fits} images at once on each device, added up to the batch")
+
+
+@contextmanager
+def _ending_at_once(stop: StopRequest) -> Iterator[None]:
+    """A block that may take minutes, since networks are compiled in it, while all that was done before is saved.
+
+    Raises:
+        Stopped: by a signal, in the middle of it.
+    """
+    try:
+        with stop.at_once():
+            yield
+    except EndNow as e:
+        raise Stopped(exit_code(e.number), saved=False) from None
 
 
 def _step(job: Job, batch: Batch, state: State) -> Outcome:
