@@ -58,7 +58,6 @@ STOPS: dict[str, tuple[str, ...]] = {
     "between forward and update": ("forward:14:usr1",),
     "in evaluation": ("evaluation:11:term",),
     "while saving": ("tensors:2:int",),
-    "behind a step that was trained while saving": ("tensors:1:stall=0.3 averaged:9:term",),
     "twice": ("averaged:5:term", "averaged:9:int"),
 }
 WORLDS = ((1, 2), (2, 1), (2, 4), (4, 2), (1, 4), (4, 1))  # processes before and after
