@@ -200,3 +200,18 @@ def test_a_full_disk_in_the_background_is_told_at_the_next_step(home: Path, worl
     assert max(line["step"] for line in q.metrics(home / name)) <= 17
     assert q.interrupted(home, name, (), [], worlds=(world,))[-1] == [0] * world
     assert world > 1 or q.differences(home / "whole", home / name) == []
+
+
+@forks
+@pytest.mark.slow
+def test_dealt_weights_are_gathered_before(home: Path) -> None:
+    """With --train.sharded: a save at every step, and a stop of rank 1 while rank 0 writes, end as a run without."""
+    dealt = ("--train.sharded", "true")
+    assert q.run(q.train(home, "dealt", *dealt), home, q.END, world=2) == [0, 0]
+    assert q.run(q.train(home, "dealt-often", *dealt, *OFTEN), home, q.END, world=2) == [0, 0]
+    assert q.differences(home / "dealt", home / "dealt-often") == []
+    stopped = q.train(home, "dealt-stopped", *dealt)
+    assert q.run(stopped, home, "tensors:1:stall=1@0", "averaged:10:term@1", world=2) == [143, 143]
+    assert load_checkpoint(home / "dealt-stopped/checkpoints").state["step"] == 10
+    assert q.run(stopped, home, q.END, world=2) == [0, 0]
+    assert q.differences(home / "dealt", home / "dealt-stopped") == []

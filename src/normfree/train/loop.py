@@ -287,6 +287,7 @@ def _log(job: Job, state: State, sums: list[float], waited: float, line: Progres
 
 def _save(job: Job, saver: Saver, state: State, sums: torch.Tensor, bad: list[tuple[int, str]]) -> None:
     """Begin to write a checkpoint of this very step; the training may go on at once."""
+    saver.wait()  # so that there is one copy in memory and not two
     _tell_bad(job, state, bad)
     own = sums.tolist()
     state.sums, state.sums_by_rank = _whole(job, own), job.group.gather(own)
