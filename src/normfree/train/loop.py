@@ -83,7 +83,7 @@ def fit(job: Job, state: State) -> State:
     """Train from a state to the end of the run.
 
     Raises:
-        Stopped: by a signal, after saving; or in the first step while it is compiled, when there is nothing to save.
+        Stopped: by a signal, after saving; or at once, where what compiles comes before there is anything to save.
         Diverged: the loss is not finite; the last checkpoint is from before.
     """
     deaf = job.group.world > 1
