@@ -56,6 +56,7 @@ POINTS = {
     "read": Point("normfree.data.loader:_TrainStream.__getitems__", "a loader makes training images; counted in each"),
     "step": Point("normfree.train.step:Learner.step", "a step begins"),
     "forward": Point(_FORWARD, "a micro-batch begins", lambda c: c["self"].training and not c["x"].is_meta),
+    "compile": Point("normfree.nn.fused:_kernel", "a compiled activation is due, of each layer and each way"),
     "update": Point("normfree.optim.sgd:AGCSGD.step", "the gradients are there, the weights are not changed"),
     "updated": Point("normfree.optim.sgd:AGCSGD.step", "the weights are changed, their average is not", after=True),
     "averaged": Point("normfree.optim.ema:EMA.update", "the average is changed too", after=True),
@@ -101,7 +102,6 @@ def _full(_call: Call, room: str) -> None:
     """From here on the system itself lets no file grow beyond so many bytes."""
     import resource
 
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(room or 4096), resource.RLIM_INFINITY))
 
 
@@ -122,9 +122,9 @@ def _flip(call: Call, _value: str) -> None:
 
 def _tear(call: Call, _value: str) -> None:
     """Half of a file, or of a line, is written; then kill -9."""
-    if "content" in call:
-        path: Path = call["path"]
-        path.with_name(f".{path.name}.{os.getpid()}.tmp").write_bytes(call["content"][: len(call["content"]) // 2])
+    if "parts" in call:
+        path, content = call["path"], b"".join(call["parts"])
+        path.with_name(f".{path.name}.{os.getpid()}.tmp").write_bytes(content[: len(content) // 2])
     else:
         with open(call["self"].metrics, "a", encoding="utf-8") as f:
             f.write(json.dumps(call["line"])[:20])

@@ -108,10 +108,10 @@ FAILURES = {
     "disk full once, in a save": Failure((), ("tensors:2:enospc",), (1, 0), "No space left"),
     "disk full, in a line of metrics": Failure((), ("metrics:5:enospc",), (1, 0), "No space left"),
     "a byte of the newest checkpoint flips": Failure(
-        (), ("saved:2:flip averaged:18:kill",), (-9, 0), "passed over a broken checkpoint: step-00000016"
+        (), ("saved:2:flip evaluation:22:kill",), (-9, 0), "passed over a broken checkpoint: step-00000016"
     ),
     "a byte of the only checkpoint flips": Failure(
-        (), ("saved:1:flip averaged:12:kill",), (-9, 1), "no whole checkpoint: step-00000008", same=False
+        (), ("saved:1:flip evaluation:14:kill",), (-9, 1), "no whole checkpoint: step-00000008", same=False
     ),
     "memory runs out once": Failure((), ("forward:5:oom",), (0, 0), "from here on 4 images at once", same=False),
     "a loader process is killed": Failure(_WORKERS, ("read:3:kill",), (1, 0), "--data.workers"),

@@ -227,7 +227,7 @@ def test_a_checkpoint_is_made_by_the_clock(tmp_path: Path, world: int) -> None:
     often = ("--train.save-minutes", "1e-9")
     assert q.run(q.train(tmp_path, "cut", *often), tmp_path, "averaged:12:kill@0", world=world)[0] == -9
     newest = max((tmp_path / "cut/checkpoints").glob("step-*"))
-    assert newest.name == "step-00000011"
+    assert newest.name in ("step-00000010", "step-00000011")  # one may have been under way
     assert q.run(q.train(tmp_path, "cut", "--train.save-minutes", "0"), tmp_path, world=world) == [0] * world
     assert q.run(q.train(tmp_path, "whole"), tmp_path, world=world) == [0] * world
     assert not q.differences(tmp_path / "whole", tmp_path / "cut")

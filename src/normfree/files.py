@@ -18,12 +18,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "normfree"
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Replace a file in one step. After a crash it has either its old or its new content, never a part."""
+def write_atomic(path: Path, *parts: bytes | memoryview) -> None:
+    """Replace a file in one step. After a crash it has either its old or its new content, never a part of it."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as f:
-            f.write(content)
+            f.writelines(parts)
             f.flush()
             os.fsync(f.fileno())
         os.replace(beside, path)

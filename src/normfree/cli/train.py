@@ -86,7 +86,8 @@ def _run(args: Any, group: Group) -> int:
         screen.say(f"{job.total} steps; writing to {job.folder.path}")
         fit(job, state)
     except Stopped as e:
-        screen.say(f"stopped; a checkpoint is saved. Go on with: {again}")
+        what = "a checkpoint is saved" if e.saved else "nothing was trained since the last save"
+        screen.say(f"stopped; {what}. Go on with: {again}")
         return e.exit_code
     group.close()
     if not group.first:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from normfree.config import UserError, from_dict, suggestion
@@ -37,6 +36,7 @@ from normfree.models.fold import fold
 from normfree.models.network import Network
 from normfree.models.torch_file import check_torch_file
 from normfree.models.unpickle import read_haiku, write_haiku
+from normfree.tensorfile import file_parts
 
 _KEY = "normfree"  # of the header's entry, a JSON object: {"model": .., "config": {..}, "classes": [..], ..}
 _LEGACY_TORCH = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # how torch.save began before zip files
@@ -73,8 +73,7 @@ def save_weights(model: nn.Module, path: Path | str, about: dict[str, Any] | Non
             `normfree.data.crop.Preprocessing`.
     """
     header = {**(describe(model) if isinstance(model, Network) else {}), **(about or {})}
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    write_atomic(Path(path), save(tensors, {_KEY: json.dumps(header)}))
+    write_atomic(Path(path), *file_parts(model.state_dict(), {_KEY: json.dumps(header)}))
 
 
 def export_weights(model: Network, path: Path | str, kind: str) -> None:
@@ -86,7 +85,7 @@ def export_weights(model: Network, path: Path | str, kind: str) -> None:
     if kind == "authors":
         write_atomic(Path(path), write_haiku(to_haiku(model)))
     elif kind == "timm":
-        write_atomic(Path(path), save({n: t.cpu().contiguous() for n, t in to_timm(model).items()}))
+        write_atomic(Path(path), *file_parts(to_timm(model)))
     else:
         raise UserError(f"unknown kind of weights {kind!r}; choose authors or timm")
 

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from normfree.config import UserError
 from normfree.distributed import Group
 from normfree.files import read_json, sha256, sync_folder, write_atomic, write_json
+from normfree.tensorfile import file_parts
 
 _FILES = ("state.safetensors", "state.json")
 
@@ -41,7 +42,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
     final, beside = _free_name(folder, step), folder / f".step-{step:08d}.tmp"
     try:
         beside.mkdir()
-        write_atomic(beside / _FILES[0], save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}))
+        write_atomic(beside / _FILES[0], *file_parts(tensors))
         write_json(beside / _FILES[1], state)
         manifest = {n: {"size": (beside / n).stat().st_size, "sha256": sha256(beside / n)} for n in _FILES}
         write_json(beside / "manifest.json", manifest)

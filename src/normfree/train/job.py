@@ -23,11 +23,14 @@ class Diverged(UserError):
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and saved a checkpoint first; `exit_code` is what the process should end with."""
+    """The run was asked to stop; `exit_code` is what the process should end with.
 
-    def __init__(self, exit_code: int) -> None:
+    saved: a checkpoint first. Otherwise there was nothing to save.
+    """
+
+    def __init__(self, exit_code: int, saved: bool = True) -> None:
         super().__init__("stopped by a signal")
-        self.exit_code = exit_code
+        self.exit_code, self.saved = exit_code, saved
 
 
 @dataclass

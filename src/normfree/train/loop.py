@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,15 @@ from normfree.models.download import find_weights
 from normfree.nn.loss import balanced_weights
 from normfree.runlog import ProgressLine, Screen
 from normfree.train.build import build_learner, eval_preprocessing, lambdas_by_name, train_crop, unclipped_names
-from normfree.train.checkpoint import Checkpoint, has_checkpoint, load_checkpoint, save_checkpoint
+from normfree.train.checkpoint import Checkpoint, has_checkpoint, load_checkpoint
 from normfree.train.evaluation import evaluate
 from normfree.train.job import Diverged, Job, State, Stopped, diagnosis, is_dealt, note_bad
 from normfree.train.length import run_length
 from normfree.train.record import RunFolder
+from normfree.train.saving import Saver, copies
 from normfree.train.sharded import full_tensors
 from normfree.train.share import check_share
-from normfree.train.signals import StopRequest, exit_code
+from normfree.train.signals import EndNow, StopRequest, exit_code
 from normfree.train.step import Outcome
 
 _NO_LIMIT = 2**62  # images
@@ -81,24 +83,32 @@ def fit(job: Job, state: State) -> State:
     """Train from a state to the end of the run.
 
     Raises:
-        Stopped: by a signal, after saving.
+        Stopped: by a signal, after saving; or at once, where what compiles comes before there is anything to save.
         Diverged: the loss is not finite; the last checkpoint is from before.
     """
+    deaf = job.group.world > 1
     if is_dealt(job):
         job.learner.shard()
-    fit_memory(job)
+    with StopRequest(deaf) as stop, _ending_at_once(stop):
+        fit_memory(job)
     began = time.monotonic() - state.seconds
     sums = torch.tensor(state.sums, dtype=torch.float64, device=job.run.train.device)
-    batches = _batches(job, state.taken)
+    first, batches = state.taken, _batches(job, state.taken)
     waited, saved = 0.0, time.monotonic()  # for batches, since the last line; when a checkpoint was
     bad: list[tuple[int, str]] = []  # training images that could not be read, since others were told
-    with StopRequest(deaf=job.group.world > 1) as stop, job.screen.progress(job.total, state.step) as line:
+    with (
+        StopRequest(deaf) as stop,
+        Saver(job.folder.checkpoints, job.screen.say) as saver,
+        job.screen.progress(job.total, state.step) as line,
+    ):
         while True:
+            saver.check()
             due = state.step in job.evaluate_at and state.evaluated != state.step
             if due:
+                saver.wait()  # no thread of it runs while loader processes are forked
                 evaluate(job, state, lambda: stop.received is not None)
                 state.line_seconds = state.seconds = time.monotonic() - began
-                _save(job, state, sums, bad)
+                _save(job, saver, state, sums, bad)
             waiting = time.monotonic()
             over = state.step == job.total or stop.received is not None
             batch = None if over else next(batches, None)
@@ -106,22 +116,26 @@ def fit(job: Job, state: State) -> State:
             if number := job.group.agree(stop.received or _is_long_ago(job, saved)):
                 state.seconds = time.monotonic() - began
                 if not due:
-                    _save(job, state, sums, bad)
+                    _save(job, saver, state, sums, bad)
                 if number != _SAVE:
+                    _saved(job, saver)
                     raise Stopped(exit_code(number))
             if due or number:
                 saved = time.monotonic()
             if state.step == job.total:
+                _saved(job, saver)
                 return state
             if batch is None:  # as many steps were left out as were due
                 raise Diverged(diagnosis(job, state))
-            outcome = _step(job, batch, state)
+            compiles = job.run.train.compile and state.taken == first
+            with _ending_at_once(stop) if compiles else nullcontext():
+                outcome = _step(job, batch, state)
             state.taken += 1
             bad += batch.bad
             if job.group.world == 1:
                 _tell_bad(job, state, bad)
             if not outcome.applied:
-                if _leave_out(job, state):
+                if _leave_out(job, saver, state):
                     sums = torch.tensor(state.sums, dtype=torch.float64, device=sums.device)
                 continue
             state.in_a_row = 0
@@ -154,6 +168,20 @@ def fit_memory(job: Job) -> None:
         job.screen.say(f"{fits} images at once on each device, added up to the batch")
 
 
+@contextmanager
+def _ending_at_once(stop: StopRequest) -> Iterator[None]:
+    """A block that may take minutes, since networks are compiled in it, while all that was done before is saved.
+
+    Raises:
+        Stopped: by a signal, in the middle of it.
+    """
+    try:
+        with stop.at_once():
+            yield
+    except EndNow as e:
+        raise Stopped(exit_code(e.number), saved=False) from None
+
+
 def _step(job: Job, batch: Batch, state: State) -> Outcome:
     """A step, and a word if the batch had to be split.
 
@@ -172,7 +200,7 @@ def _step(job: Job, batch: Batch, state: State) -> Outcome:
     return outcome
 
 
-def _leave_out(job: Job, state: State) -> bool:
+def _leave_out(job: Job, saver: Saver, state: State) -> bool:
     """Count a step whose loss or gradient was not finite; whether that led the run back to its last checkpoint.
 
     The run goes on behind the batches that it failed on, with draws of its own: a mere replay would fail again.
@@ -183,6 +211,7 @@ def _leave_out(job: Job, state: State) -> bool:
     state.skipped, state.in_a_row = state.skipped + 1, state.in_a_row + 1
     if state.in_a_row < _IN_A_ROW or job.run.train.precision == "fp16":  # where the scale falls until it fits
         return False
+    saver.wait()
     if state.attempt == _ATTEMPTS or not job.group.broadcast(has_checkpoint(job.folder.checkpoints)):
         raise Diverged(diagnosis(job, state))
     failed, checkpoint = state.step, load_checkpoint(job.folder.checkpoints, job.group)
@@ -256,7 +285,9 @@ def _log(job: Job, state: State, sums: list[float], waited: float, line: Progres
     )
 
 
-def _save(job: Job, state: State, sums: torch.Tensor, bad: list[tuple[int, str]]) -> None:
+def _save(job: Job, saver: Saver, state: State, sums: torch.Tensor, bad: list[tuple[int, str]]) -> None:
+    """Begin to write a checkpoint of this very step; the training may go on at once."""
+    saver.wait()  # so that there is one copy in memory and not two
     _tell_bad(job, state, bad)
     own = sums.tolist()
     state.sums, state.sums_by_rank = _whole(job, own), job.group.gather(own)
@@ -266,9 +297,14 @@ def _save(job: Job, state: State, sums: torch.Tensor, bad: list[tuple[int, str]]
     state.clipped = {n: list(units) for n, units in job.learner.clipped_units().items()}
     if job.learner.scaler is not None:
         state.loss_scale = job.learner.scaler.state_dict()
-    tensors = full_tensors(job.learner.tensors()) if is_dealt(job) else job.learner.tensors()
+    dealt = full_tensors(job.learner.tensors()) if is_dealt(job) else None
     if job.group.first:
-        save_checkpoint(job.folder.checkpoints, state.step, tensors, asdict(state))
+        saver.begin(state.step, copies(job.learner.tensors()) if dealt is None else dealt, asdict(state))
+
+
+def _saved(job: Job, saver: Saver) -> None:
+    """Wait until the last checkpoint is on the disk; then all processes may end."""
+    saver.wait()
     job.group.barrier()
 
 

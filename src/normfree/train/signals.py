@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -14,6 +16,14 @@ def exit_code(number: int) -> int:
     return 130 if number == signal.SIGINT else 143
 
 
+class EndNow(KeyboardInterrupt):
+    """A signal, by its `number`, came within `StopRequest.at_once`. No Exception: compilers would wrap it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"signal {number}")
+        self.number = number
+
+
 class StopRequest:
     """While entered, SIGINT, SIGTERM and SIGUSR1 set `received`. A second SIGINT interrupts at once.
 
@@ -23,6 +33,7 @@ class StopRequest:
 
     def __init__(self, deaf: bool = False) -> None:
         self._deaf = deaf
+        self._at_once = False
         self.received: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -35,7 +46,20 @@ class StopRequest:
         for s, handler in self._before.items():
             signal.signal(s, signal.SIG_IGN if self._deaf and isinstance(e, Exception) else handler)
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """While it lasts a signal raises EndNow, in the middle of whatever is done; at the end, where that was lost."""
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
+        if self.received is not None:
+            raise EndNow(self.received)
+
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.received == signal.SIGINT == number:
             raise KeyboardInterrupt
         self.received = number
+        if self._at_once:
+            raise EndNow(number)
