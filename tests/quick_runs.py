@@ -122,6 +122,37 @@ FAILURES = {
     "SIGTERM while a checkpoint is loaded": Failure((), ("averaged:12:term", "load:1:term"), (143, -15, 0)),
     "SIGINT before the report": Failure((), ("finish:1:int",), (130, 0), "Write the report with"),
 }
+
+
+class Shortage(NamedTuple):
+    """Processes, the fault of one of them, each start's exit code, images at once in the end, what one of them says."""
+
+    world: int
+    fault: str
+    codes: tuple[int, ...]
+    at_once: int
+    says: str
+    settings: tuple[str, ...] = ()
+
+    @property
+    def expected(self) -> dict[str, Any]:
+        return {"codes": [[code] * self.world for code in self.codes], "said": 1, "images_at_once": self.at_once}
+
+
+# a batch of 8: each of 2 processes has 4 images of it, each of 4 has 2
+SHORTAGES = {
+    "before the first step, of the first": Shortage(2, "forward:1:oom@0", (0,), 2, "2 images at once on each device"),
+    "in a step": Shortage(2, "forward:12:oom@1", (1, 0), 2, "in a step of process 1; with --resume"),
+    "in the first step": Shortage(2, "forward:2:oom@0", (1, 0), 2, "in a step of process 0; with --resume"),
+    "while weights are changed": Shortage(2, "update:12:oom@1", (1, 0), 2, "in a step of process 1; with --resume"),
+    "in a micro-batch": Shortage(
+        2, "forward:17:oom@1", (1, 0), 1, "in a step of process 1; with --resume", ("--train.micro-batch", "2")
+    ),
+    "before the first step, of the last of four": Shortage(
+        4, "forward:1:oom@3", (0,), 1, "1 images at once on each device"
+    ),
+    "in a step of one of four": Shortage(4, "forward:12:oom@2", (1, 0), 1, "in a step of process 2; with --resume"),
+}
 # two processes under torchrun, in shards of one image: restarts that are allowed, the fault, exit codes
 TORCHRUN: dict[str, tuple[int, str, tuple[int, ...]]] = {
     "a process is killed, and all are started again": (1, "averaged:12:kill@1", (0,)),
@@ -171,6 +202,15 @@ def interrupted(
     counts = [*worlds, *[worlds[-1]] * (len(faulty) + 1 - len(worlds))]
     starts = zip((*faulty, END), counts, strict=True)
     return [run(train(folder, name, *settings), folder, *fault.split(), *always, world=n) for fault, n in starts]
+
+
+def short_of_memory(folder: Path, name: str, shortage: Shortage, *always: str) -> dict[str, Any]:
+    """Exit codes of each start, how often its words were said, and how many images are computed at once in the end."""
+    arguments, starts = train(folder, name, *shortage.settings), [[shortage.fault], []][: len(shortage.codes)]
+    codes = [run(arguments, folder, *fault, *always, END, world=shortage.world) for fault in starts]
+    newest = max((folder / name / "checkpoints").glob("step-*"))
+    at_once = json.loads((newest / "state.json").read_text())["micro_batch"]
+    return {"codes": codes, "said": said(folder).count(shortage.says), "images_at_once": at_once}
 
 
 # processes

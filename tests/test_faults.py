@@ -176,6 +176,16 @@ def test_a_failure_is_said_and_survived(home: Path, whole: Whole, name: str) -> 
         assert q.differences(whole(), home / name) == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", q.SHORTAGES)
+def test_memory_runs_out_in_one_of_several_processes(home: Path, name: str) -> None:
+    """All compute fewer images at once, from the start or when they are started again; one of them says so, once."""
+    for path in home.glob("said.*"):
+        path.unlink()
+    assert q.short_of_memory(home, name, q.SHORTAGES[name]) == q.SHORTAGES[name].expected, q.said(home)
+    assert q.metrics(home / name)[-1]["step"] == q.STEPS
+
+
 TALK = """
 import os
 from normfree.distributed import Group
