@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,22 @@ def test_given_values_are_kept_and_others_follow_from_them(tmp_path: Path) -> No
     assert bound["train.epochs"] == 2
     assert bound["optim.clipping"] == 0.16
     assert all(bound[name] == value for name, value in given.items() if name != "train.epochs")
+
+
+def test_what_is_given_is_not_searched_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting memory and work takes seconds of each start; the choices around are the same."""
+    root = str(make_folder(tmp_path / "images", side=150))
+    free = run_of({"data.root": root, "train.device": "cpu"})
+    for module, name in (("choose", "step_memory"), ("choose", "clipping_for"), ("folder", "multiply_adds")):
+        monkeypatch.setattr(import_module(f"normfree.recipes.{module}"), name, _not_asked_for)
+    names = ("model.name", "train.batch_size", "train.epochs", "optim.clipping", "train.device")
+    assert run_of({"data.root": root} | {name: free[name] for name in names}) == free
+    with pytest.raises(AssertionError, match="nobody asked"):
+        run_of({"data.root": root})
+
+
+def _not_asked_for(*_: Any) -> Any:
+    raise AssertionError("nobody asked for it")
 
 
 @pytest.fixture
