@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -22,8 +21,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import faults
+from forks import FORKS, start_forks
 
-_FORKS = multiprocessing.get_context("forkserver")
 _CLOCKS = {"seconds", "line_seconds", "images_per_second", "wait_share"}
 _DEALT = {"sums_by_rank"}  # how it is dealt to processes; lost sums are seen in the metrics
 CLASSES = ("dark", "grey", "light", "white")
@@ -220,9 +219,8 @@ def start(
     arguments: Sequence[str], folder: Path, faulty: Sequence[str] = (), environment: Mapping[str, str] | None = None
 ) -> BaseProcess:
     """`normfree ARGUMENTS` in a folder, as a process of its own of one thread. What it says is in folder/said.RANK."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the process from which all are forked too
-    _FORKS.set_forkserver_preload([*faults.IMPORTED, "torch._dynamo", "PIL.JpegImagePlugin"])
-    process = _FORKS.Process(target=_child, args=(list(arguments), folder, list(faulty), dict(environment or {})))
+    start_forks()
+    process = FORKS.Process(target=_child, args=(list(arguments), folder, list(faulty), dict(environment or {})))
     process.start()
     return process
 
