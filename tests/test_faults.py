@@ -238,6 +238,6 @@ def test_a_checkpoint_is_made_by_the_clock(tmp_path: Path, world: int) -> None:
     assert q.run(q.train(tmp_path, "cut", *often), tmp_path, "averaged:12:kill@0", world=world)[0] == -9
     newest = max((tmp_path / "cut/checkpoints").glob("step-*"))
     assert newest.name == "step-00000011"
-    assert q.run(q.train(tmp_path, "cut", "--train.save-minutes", "0"), tmp_path, world=world) == [0] * world
-    assert q.run(q.train(tmp_path, "whole"), tmp_path, world=world) == [0] * world
+    assert q.run(q.train(tmp_path, "cut", "--train.save-minutes", "0"), tmp_path, q.END, world=world) == [0] * world
+    assert q.run(q.train(tmp_path, "whole"), tmp_path, q.END, world=world) == [0] * world
     assert not q.differences(tmp_path / "whole", tmp_path / "cut")
