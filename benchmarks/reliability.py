@@ -41,6 +41,11 @@ def _recording(name: str) -> tuple[str, str]:
     return f"step:every:record={name}.draws", f"forward:every:record={name}.draws"
 
 
+def _show(home: Path, what: object) -> None:
+    """What the processes said last. It names folders of this machine, so that results do not keep it."""
+    print(f"{what}: {q.said(home)[-1000:]}", file=sys.stderr, flush=True)
+
+
 def _remove(home: Path, name: str) -> None:
     shutil.rmtree(home / name, ignore_errors=True)
     for path in (*home.glob(f"{name}.draws.*"), *home.glob("said.*")):
@@ -51,7 +56,9 @@ def _compare(home: Path, settings: Sequence[str], faulty: Sequence[str], world: 
     """A broken run against the one in home/whole, which has not been: what differs, and whether the draws do."""
     codes = q.interrupted(home, "cut", settings, faulty, *_recording("cut"), worlds=world)
     ended = set(codes[-1]) == {0}
-    differ = q.differences(home / "whole", home / "cut") if ended else [f"it did not end: {q.said(home)[-500:]}"]
+    differ = q.differences(home / "whole", home / "cut") if ended else ["it did not end"]
+    if not ended:
+        _show(home, faulty)
     draws = recorded(home / "whole.draws") == recorded(home / "cut.draws")
     _remove(home, "cut")
     return {"codes": codes, "differ": differ[:5], "draws_equal": draws}
@@ -100,7 +107,9 @@ def _distance(a: list[Found], b: list[Found]) -> Found:
     return {
         "steps": len(steps),
         "loss_relative": {
-            f"to step {n}": max(abs(x["loss"] - y["loss"]) / abs(x["loss"]) for x, y in steps[:n]) for n in (8, 24, 96)
+            f"to step {n}": max(abs(x["loss"] - y["loss"]) / abs(x["loss"]) for x, y in steps[:n])
+            for n in (8, 24, 96)
+            if n <= len(steps)
         },
         "clip_share": max(abs(x["clip_share"] - y["clip_share"]) for x, y in steps),
         "tensors_clipped_alike": sum(x["clipped"] == y["clipped"] for x, y in ends) / len(ends),
@@ -164,6 +173,8 @@ def failures(home: Path, quick: bool) -> Found:
         same = codes[-1] == [0] and q.differences(home / "whole", home / "cut") == []
         as_stated = codes == [[c] for c in failure.codes] and failure.says in q.said(home) and same == failure.same
         rows[name] = {"codes": [c for (c,) in codes], "says": failure.says, "same": same, "as_stated": as_stated}
+        if not as_stated:
+            _show(home, name)
         _remove(home, "cut")
     _remove(home, "whole")
     return rows
@@ -180,8 +191,26 @@ def torchrun(home: Path, quick: bool) -> Found:
             codes.append(q.torchrun(q.train(home, "cut", *settings), home, q.END))
         same = codes[-1] == 0 and q.differences(home / "whole", home / "cut") == []
         rows[name] = {"codes": codes, "same": same, "as_stated": same and codes == list(expected)}
-        if not same:
-            rows[name]["said"] = q.said(home)[-1000:]
+        if not rows[name]["as_stated"]:
+            _show(home, name)
+        _remove(home, "cut")
+    return rows
+
+
+def memory(home: Path, quick: bool) -> Found:
+    """Memory runs out in one of several processes: how all end, who says it, and what is trained on from there."""
+    rows = {}
+    for name, shortage in list(q.SHORTAGES.items())[: 2 if quick else None]:
+        q.interrupted(home, "whole", shortage.settings, [], *_recording("whole"), worlds=(shortage.world,))
+        lines, draws = q.metrics(home / "whole"), recorded(home / "whole.draws")
+        _remove(home, "whole")
+        found = q.short_of_memory(home, "cut", shortage, *_recording("cut"))
+        rows[name] = found | {"as_stated": found == shortage.expected}
+        if found == shortage.expected:
+            rows[name] |= _distance(lines, q.metrics(home / "cut"))
+            rows[name]["draws_equal"] = recorded(home / "cut.draws") == draws
+        else:
+            _show(home, name)
         _remove(home, "cut")
     return rows
 
@@ -259,6 +288,17 @@ def overhead(_home: Path, quick: bool) -> Found:
     return found
 
 
+def agreement(_home: Path, quick: bool) -> Found:
+    """What two processes take to agree on a flag, as they do before each step: by itself, and behind steps."""
+    found = {}
+    for name, size, batch in (("nfnet_tiny", 32, 64), ("nfnet_tiny" if quick else "nfnet_f0", 96, 4)):
+        seconds = plain_step.agreement(name, size, batch, 5 if quick else 40, q.environments(2))
+        share = spread([a / b for a, b in zip(seconds["agree"], seconds["step"], strict=True)])
+        milliseconds = {key: spread([1000 * s for s in values]) for key, values in seconds.items()}
+        found[f"{name}, {batch} images of {size} px"] = {"share": share, "milliseconds": milliseconds}
+    return found
+
+
 def save(_home: Path, quick: bool) -> Found:
     """Seconds to save all of F0 (tiny if quick) on the disk of temporary files, and to resume from it.
 
@@ -300,8 +340,10 @@ PARTS: dict[str, Callable[[Path, bool], Found]] = {
     "kills": kills,
     "failures": failures,
     "torchrun": torchrun,
+    "memory": memory,
     "soak": soak,
     "overhead": overhead,
+    "agreement": agreement,
     "save": save,
 }
 

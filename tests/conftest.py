@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from forks import forked
+
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -24,16 +26,19 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def run_command(*arguments: str | Path, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    """normfree ARGUMENTS as a process of its own; a traceback on the error stream is always a failure."""
-    done = subprocess.run(
-        [sys.executable, "-m", "normfree", *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+def run_command(
+    *arguments: str | Path, cwd: Path, timeout: float = 120, fresh: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """normfree ARGUMENTS as a process of its own; a traceback on the error stream is always a failure.
+
+    `fresh` starts Python anew, as a user does, where it is forked otherwise.
+    """
+    words = [str(a) for a in arguments]
+    if fresh:
+        program = [sys.executable, "-m", "normfree", *words]
+        done = subprocess.run(program, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
+    else:
+        done = forked(words, cwd, timeout)
     assert "Traceback" not in done.stderr, done.stderr
     return done
 
@@ -42,8 +47,8 @@ def run_command(*arguments: str | Path, cwd: Path, timeout: float = 120) -> subp
 def command(tmp_path: Path) -> Command:
     """`command("list", ..)` runs in the test's own folder."""
 
-    def run(*arguments: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        return run_command(*arguments, cwd=tmp_path, timeout=timeout)
+    def run(*arguments: str | Path, timeout: float = 120, fresh: bool = False) -> subprocess.CompletedProcess[str]:
+        return run_command(*arguments, cwd=tmp_path, timeout=timeout, fresh=fresh)
 
     return run
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -22,8 +21,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import faults
+from forks import FORKS, start_forks
 
-_FORKS = multiprocessing.get_context("forkserver")
 _CLOCKS = {"seconds", "line_seconds", "images_per_second", "wait_share"}
 _DEALT = {"sums_by_rank"}  # how it is dealt to processes; lost sums are seen in the metrics
 CLASSES = ("dark", "grey", "light", "white")
@@ -122,6 +121,37 @@ FAILURES = {
     "SIGTERM while a checkpoint is loaded": Failure((), ("averaged:12:term", "load:1:term"), (143, -15, 0)),
     "SIGINT before the report": Failure((), ("finish:1:int",), (130, 0), "Write the report with"),
 }
+
+
+class Shortage(NamedTuple):
+    """Processes, the fault of one of them, each start's exit code, images at once in the end, what one of them says."""
+
+    world: int
+    fault: str
+    codes: tuple[int, ...]
+    at_once: int
+    says: str
+    settings: tuple[str, ...] = ()
+
+    @property
+    def expected(self) -> dict[str, Any]:
+        return {"codes": [[code] * self.world for code in self.codes], "said": 1, "images_at_once": self.at_once}
+
+
+# a batch of 8: each of 2 processes has 4 images of it, each of 4 has 2
+SHORTAGES = {
+    "before the first step, of the first": Shortage(2, "forward:1:oom@0", (0,), 2, "2 images at once on each device"),
+    "in a step": Shortage(2, "forward:12:oom@1", (1, 0), 2, "in a step of process 1; with --resume"),
+    "in the first step": Shortage(2, "forward:2:oom@0", (1, 0), 2, "in a step of process 0; with --resume"),
+    "while weights are changed": Shortage(2, "update:12:oom@1", (1, 0), 2, "in a step of process 1; with --resume"),
+    "in a micro-batch": Shortage(
+        2, "forward:17:oom@1", (1, 0), 1, "in a step of process 1; with --resume", ("--train.micro-batch", "2")
+    ),
+    "before the first step, of the last of four": Shortage(
+        4, "forward:1:oom@3", (0,), 1, "1 images at once on each device"
+    ),
+    "in a step of one of four": Shortage(4, "forward:12:oom@2", (1, 0), 1, "in a step of process 2; with --resume"),
+}
 # two processes under torchrun, in shards of one image: restarts that are allowed, the fault, exit codes
 TORCHRUN: dict[str, tuple[int, str, tuple[int, ...]]] = {
     "a process is killed, and all are started again": (1, "averaged:12:kill@1", (0,)),
@@ -173,6 +203,15 @@ def interrupted(
     return [run(train(folder, name, *settings), folder, *fault.split(), *always, world=n) for fault, n in starts]
 
 
+def short_of_memory(folder: Path, name: str, shortage: Shortage, *always: str) -> dict[str, Any]:
+    """Exit codes of each start, how often its words were said, and how many images are computed at once in the end."""
+    arguments, starts = train(folder, name, *shortage.settings), [[shortage.fault], []][: len(shortage.codes)]
+    codes = [run(arguments, folder, *fault, *always, END, world=shortage.world) for fault in starts]
+    newest = max((folder / name / "checkpoints").glob("step-*"))
+    at_once = json.loads((newest / "state.json").read_text())["micro_batch"]
+    return {"codes": codes, "said": said(folder).count(shortage.says), "images_at_once": at_once}
+
+
 # processes
 
 
@@ -180,9 +219,8 @@ def start(
     arguments: Sequence[str], folder: Path, faulty: Sequence[str] = (), environment: Mapping[str, str] | None = None
 ) -> BaseProcess:
     """`normfree ARGUMENTS` in a folder, as a process of its own of one thread. What it says is in folder/said.RANK."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the process from which all are forked too
-    _FORKS.set_forkserver_preload([*faults.IMPORTED, "torch._dynamo", "PIL.JpegImagePlugin"])
-    process = _FORKS.Process(target=_child, args=(list(arguments), folder, list(faulty), dict(environment or {})))
+    start_forks()
+    process = FORKS.Process(target=_child, args=(list(arguments), folder, list(faulty), dict(environment or {})))
     process.start()
     return process
 

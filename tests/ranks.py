@@ -3,37 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from forks import FORKS, start_forks
 from normfree.cli import _main
 from normfree.distributed import Group
 from normfree.train import finish
-
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["normfree.cli.train", "torch._dynamo", "test_distributed"])  # optimizers need the second
-
-
-def _start_forks() -> None:
-    """Its process does not know where tests are, but for this."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), before]))
-    forkserver.ensure_running()
-    if before is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = before
 
 
 class Ranks:
@@ -49,9 +34,9 @@ class Ranks:
             "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is ours, as it is torchrun's there
             "OMP_NUM_THREADS": "1",
         }
-        _start_forks()
+        start_forks()
         self.processes = [
-            _FORKS.Process(target=_run, args=(environment, rank, folder, work, arguments)) for rank in range(world)
+            FORKS.Process(target=_run, args=(environment, rank, folder, work, arguments)) for rank in range(world)
         ]
         for process in self.processes:
             process.start()

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quick_runs import STEPS, differences, make_images, metrics, run, said, train
+from quick_runs import END, STEPS, differences, make_images, metrics, run, said, train
 
 _DEALT = ("--train.sharded", "true")
 
@@ -47,8 +47,8 @@ def test_dealt_weights_move_as_whole_ones(folder: Path, settings: tuple[str, ...
     """Weights, average and momentum after a short run, to summation error; the evaluation counts the same images."""
     name = "whole" + "".join(settings)
     short = ("--train.epochs", "1", "--optim.warmup", "0.5", *settings)
-    assert run(train(folder, name, *short), folder, world=2) == [0, 0]
-    assert run(train(folder, f"dealt-{name}", *short, *_DEALT), folder, world=2) == [0, 0], said(folder)
+    assert run(train(folder, name, *short), folder, END, world=2) == [0, 0]
+    assert run(train(folder, f"dealt-{name}", *short, *_DEALT), folder, END, world=2) == [0, 0], said(folder)
     assert _distance(folder / f"dealt-{name}", folder / name) < 2e-4
     counts = [metrics(folder / n)[-1]["raw"]["images"] for n in (name, f"dealt-{name}")]
     assert counts == [16, 16]
@@ -57,10 +57,10 @@ def test_dealt_weights_move_as_whole_ones(folder: Path, settings: tuple[str, ...
 @pytest.mark.slow
 def test_a_dealt_run_goes_on_after_a_stop(folder: Path) -> None:
     """With as many processes to the last bit, with one to summation error: checkpoints hold whole tensors."""
-    assert run(train(folder, "undisturbed", *_DEALT), folder, world=2) == [0, 0]
+    assert run(train(folder, "undisturbed", *_DEALT), folder, END, world=2) == [0, 0]
     for name, world in (("two", 2), ("one", 1)):
         assert run(train(folder, name, *_DEALT), folder, "averaged:12:term@0", world=2) == [143, 143]
-        assert run(train(folder, name, *_DEALT), folder, world=world) == [0] * world
+        assert run(train(folder, name, *_DEALT), folder, END, world=world) == [0] * world
         assert metrics(folder / name)[-1]["step"] == STEPS
     assert not differences(folder / "undisturbed", folder / "two")
     assert _distance(folder / "one", folder / "undisturbed") < 0.05
@@ -69,7 +69,7 @@ def test_a_dealt_run_goes_on_after_a_stop(folder: Path) -> None:
 
 def test_a_dealt_run_leaves_out_what_is_not_finite(folder: Path) -> None:
     """Of one process: both do."""
-    assert run(train(folder, "bad", *_DEALT), folder, "forward:11:poison@1", world=2) == [0, 0]
+    assert run(train(folder, "bad", *_DEALT), folder, "forward:11:poison@1", END, world=2) == [0, 0]
     assert all(bool(torch.isfinite(t).all()) for t in _tensors(folder / "bad").values())
 
 

@@ -176,6 +176,16 @@ def test_a_failure_is_said_and_survived(home: Path, whole: Whole, name: str) -> 
         assert q.differences(whole(), home / name) == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", q.SHORTAGES)
+def test_memory_runs_out_in_one_of_several_processes(home: Path, name: str) -> None:
+    """All compute fewer images at once, from the start or when they are started again; one of them says so, once."""
+    for path in home.glob("said.*"):
+        path.unlink()
+    assert q.short_of_memory(home, name, q.SHORTAGES[name]) == q.SHORTAGES[name].expected, q.said(home)
+    assert q.metrics(home / name)[-1]["step"] == q.STEPS
+
+
 TALK = """
 import os
 from normfree.distributed import Group
@@ -228,6 +238,6 @@ def test_a_checkpoint_is_made_by_the_clock(tmp_path: Path, world: int) -> None:
     assert q.run(q.train(tmp_path, "cut", *often), tmp_path, "averaged:12:kill@0", world=world)[0] == -9
     newest = max((tmp_path / "cut/checkpoints").glob("step-*"))
     assert newest.name in ("step-00000010", "step-00000011")  # one may have been under way
-    assert q.run(q.train(tmp_path, "cut", "--train.save-minutes", "0"), tmp_path, world=world) == [0] * world
-    assert q.run(q.train(tmp_path, "whole"), tmp_path, world=world) == [0] * world
+    assert q.run(q.train(tmp_path, "cut", "--train.save-minutes", "0"), tmp_path, q.END, world=world) == [0] * world
+    assert q.run(q.train(tmp_path, "whole"), tmp_path, q.END, world=world) == [0] * world
     assert not q.differences(tmp_path / "whole", tmp_path / "cut")

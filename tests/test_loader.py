@@ -487,3 +487,23 @@ def test_a_process_with_an_open_stream_ends_quietly(processes: dict[str, Started
     _, complaints = process.communicate(timeout=15)
     assert (process.returncode, complaints) == (0, "")
     assert left_after(5, workers) == []
+
+
+INTERRUPT = """
+import multiprocessing, time
+from multiprocessing.process import BaseProcess
+plain = BaseProcess.start
+def start(self):
+    plain(self)
+    time.sleep(1)  # until it is deaf
+    raise KeyboardInterrupt
+BaseProcess.start = start
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="loader processes are forked on Linux")
+def test_an_interrupt_amid_the_start_of_workers_ends_the_process() -> None:
+    """Python waits for its children when it ends: for one that is deaf, and was told of nothing, for ever."""
+    command = [sys.executable, "-c", INTERRUPT + SCRIPT, "end"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr.rstrip().endswith("KeyboardInterrupt")

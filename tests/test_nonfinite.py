@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quick_runs import EPOCH, STEPS, differences, make_images, metrics, run, said, train
+from quick_runs import END, EPOCH, STEPS, differences, make_images, metrics, run, said, train
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +38,11 @@ def _all_finite(run_folder: Path) -> bool:
 
 def test_one_bad_step_is_left_out_and_made_up_for(folder: Path) -> None:
     """All 24 steps are taken, of 25 batches; the learning rate goes by the steps; nothing that is saved is NaN."""
-    assert run(train(folder, "one"), folder, *_poison(11)) == [0]
+    assert run(train(folder, "one"), folder, *_poison(11), END) == [0]
     state = _state(folder / "one")
     assert (state["step"], state["taken"], state["skipped"], state["attempt"]) == (STEPS, STEPS + 1, 1, 0)
     assert _all_finite(folder / "one")
-    assert run(train(folder, "none"), folder) == [0]
+    assert run(train(folder, "none"), folder, END) == [0]
     rates = [[line["lr"] for line in metrics(folder / name) if line["kind"] == "train"] for name in ("one", "none")]
     assert rates[0] == rates[1]
     assert differences(folder / "one", folder / "none")  # a batch was left out: the end is another
@@ -51,7 +51,7 @@ def test_one_bad_step_is_left_out_and_made_up_for(folder: Path) -> None:
 def test_five_in_a_row_lead_back_to_the_last_checkpoint(folder: Path) -> None:
     """And on behind the bad batches, with other draws; the metrics have each step once."""
     bad = range(EPOCH + 4, EPOCH + 9)
-    assert run(train(folder, "back"), folder, *_poison(*bad)) == [0]
+    assert run(train(folder, "back"), folder, *_poison(*bad), END) == [0]
     state = _state(folder / "back")
     # three good steps behind the checkpoint are done again
     assert (state["step"], state["taken"], state["skipped"], state["attempt"]) == (STEPS, STEPS + 8, 5, 1)
@@ -65,11 +65,11 @@ def test_five_in_a_row_lead_back_to_the_last_checkpoint(folder: Path) -> None:
 def test_a_run_that_went_back_can_be_stopped_anywhere(folder: Path) -> None:
     """Before, between the bad steps, and behind them: the same bits in the end as without a stop."""
     bad = list(range(EPOCH + 4, EPOCH + 9))
-    assert run(train(folder, "whole"), folder, *_poison(*bad)) == [0]
+    assert run(train(folder, "whole"), folder, *_poison(*bad), END) == [0]
     for name, stop in (("between", 6), ("behind", EPOCH + 12)):
         first = [n for n in bad if n <= stop]
         assert run(train(folder, name), folder, *_poison(*first), f"forward:{stop}:term") == [143]
-        assert run(train(folder, name), folder, *_poison(*(n - stop for n in bad if n > stop))) == [0]
+        assert run(train(folder, name), folder, *_poison(*(n - stop for n in bad if n > stop)), END) == [0]
         assert not differences(folder / "whole", folder / name)
 
 
@@ -87,7 +87,7 @@ def test_what_never_gets_better_ends_with_a_diagnosis(folder: Path) -> None:
 
 def test_one_process_of_two_has_it(folder: Path) -> None:
     """Both leave the step out."""
-    assert run(train(folder, "two"), folder, "forward:11:poison@1", world=2) == [0, 0]
+    assert run(train(folder, "two"), folder, "forward:11:poison@1", END, world=2) == [0, 0]
     state = _state(folder / "two")
     assert (state["step"], state["taken"], state["skipped"]) == (STEPS, STEPS + 1, 1)
     assert _all_finite(folder / "two")

@@ -348,7 +348,17 @@ def test_a_folded_network_is_saved_and_evaluated_from_one_file(
 # Numbers and pictures
 
 
-@pytest.mark.parametrize("name", [n for n in PAPER if n not in ("nfnet_f4_plus", "bn_resnet50")])
+DEEP = ("nfnet_f5", "nfnet_f6")  # take seconds to lay out, of the same blocks as the others
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow) if n in DEEP else n
+        for n in PAPER
+        if n not in ("nfnet_f4_plus", "bn_resnet50")
+    ],
+)
 def test_table_3_to_the_printed_digit(name: str) -> None:
     """Parameters and multiply-adds at the test size; F4+ with 192 channels in stage 1 as in Table 5."""
     digits = (0, 0) if name == "nfnet_f4_plus_192" else (1, 2)

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,22 @@ def test_given_values_are_kept_and_others_follow_from_them(tmp_path: Path) -> No
     assert all(bound[name] == value for name, value in given.items() if name != "train.epochs")
 
 
+def test_what_is_given_is_not_searched_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting memory and work takes seconds of each start; the choices around are the same."""
+    root = str(make_folder(tmp_path / "images", side=150))
+    free = run_of({"data.root": root, "train.device": "cpu"})
+    for module, name in (("choose", "step_memory"), ("choose", "clipping_for"), ("folder", "multiply_adds")):
+        monkeypatch.setattr(import_module(f"normfree.recipes.{module}"), name, _not_asked_for)
+    names = ("model.name", "train.batch_size", "train.epochs", "optim.clipping", "train.device")
+    assert run_of({"data.root": root} | {name: free[name] for name in names}) == free
+    with pytest.raises(AssertionError, match="nobody asked"):
+        run_of({"data.root": root})
+
+
+def _not_asked_for(*_: Any) -> Any:
+    raise AssertionError("nobody asked for it")
+
+
 @pytest.fixture
 def roomy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every batch fits into memory, which is not counted: that takes seconds for large networks."""
@@ -174,8 +191,15 @@ def test_the_papers_schedule_and_settings() -> None:
 # The numbers of the paper, typed from it
 
 
+class Unlabelled(SyntheticSource):
+    """Labels of 300 million images take gigabytes, and no recipe looks at them."""
+
+    def __post_init__(self) -> None:
+        self.classes = tuple(f"class{i:05d}" for i in range(self.class_count))
+
+
 IMAGES = SyntheticSource(1_281_167, 1000)  # ILSVRC2012, A.1
-JFT = SyntheticSource(300_000_000, 18_000)  # 6.2
+JFT = Unlabelled(300_000_000, 18_000)  # 6.2
 TABLE_1 = {  # depths, dropout, size in training, in testing; the magnitude of RandAugment is A.3's
     0: ((1, 2, 6, 3), 0.2, 192, 256, 5),
     1: ((2, 4, 12, 6), 0.3, 224, 320, 10),

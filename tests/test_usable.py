@@ -699,7 +699,8 @@ def test_measuring_the_signal_keeps_the_mode_of_every_module() -> None:
     [
         pytest.param("nfnet", "aot_eager", marks=pytest.mark.slow),
         pytest.param("many", "eager", marks=pytest.mark.slow),
-        *((case, "eager") for case in ("nfnet", "nf_resnet", "nf_regnet", "bn_nfnet")),
+        pytest.param("nf_regnet", "eager", marks=pytest.mark.slow),
+        *((case, "eager") for case in ("nfnet", "nf_resnet", "bn_nfnet")),
     ],
 )
 def test_torch_compile_takes_the_whole_graph(case: str, backend: str) -> None:
@@ -753,7 +754,11 @@ def test_inductor_compiles_evaluation() -> None:
 
 @pytest.mark.parametrize(
     ("case", "folded"),
-    [*((case, False) for case in FAMILIES), ("many", False), ("nfnet", True), ("nf_regnet", True), ("dct", True)],
+    [
+        *((case, False) for case in FAMILIES),
+        pytest.param("many", False, marks=pytest.mark.slow),
+        *((case, True) for case in ("nfnet", "nf_regnet", "dct")),
+    ],
 )
 def test_torch_export_with_any_batch_size(case: str, folded: bool) -> None:
     """The exported program equals the network at other batch sizes than it was traced with."""

@@ -234,6 +234,10 @@ class Given:
             self.chosen.append((name, picked, reason))
         return typing.cast(T, picked)
 
+    def find(self, name: str, search: Callable[[], tuple[T, str]]) -> T:
+        """As `choose`, of a value that is searched for with its reason; not if the user's is there."""
+        return self.choose(name, self.values[name]) if name in self.values else self.choose(name, *search())
+
     def apply(self, run: Run) -> Run:
         """The run with every given value in its place."""
         sections: dict[str, dict[str, Any]] = {}

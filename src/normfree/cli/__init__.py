@@ -28,7 +28,8 @@ _WORKER_DIED = "go on with --resume; if memory ran out, with a lower --data.work
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and leave with its exit code: 0 done, 1 failed, 2 misused, 130 interrupted."""
-    sys.exit(_main(list(sys.argv[1:] if arguments is None else arguments)))
+    # no list(): where the command of that name was imported, it is a module here
+    sys.exit(_main([*(sys.argv[1:] if arguments is None else arguments)]))
 
 
 def _main(arguments: list[str]) -> int:

@@ -240,10 +240,13 @@ def start_loader(loader: DataLoader[Any]) -> Iterator[Batch]:
 
     At its end Python asks children to terminate, which ours ignore, and then waits for them: so they are killed first.
     """
-    before = set(multiprocessing.active_children())
-    batches = iter(loader)
-    pids = [child.pid for child in set(multiprocessing.active_children()) - before if child.pid is not None]
+    before, pids = set(multiprocessing.active_children()), list[int]()
     Finalize(None, _kill, args=(pids,), exitpriority=100)
+    try:
+        batches = iter(loader)
+    finally:  # an interrupt may come when some of them are there
+        started = set(multiprocessing.active_children()) - before
+        pids += [child.pid for child in started if child.pid is not None]
     return _delivered(batches, pids)
 
 

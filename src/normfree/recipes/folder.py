@@ -50,11 +50,11 @@ def folder(given: Given, images: Source) -> Run:
     start = _start(given)
     small = facts.side <= 40 and start is None
     size = given.choose("data.size", *(_size(facts, device) if start is None else (start.size, _NATIVE)))
-    name = given.choose("model.name", *(_model(facts, size, device) if start is None else (start.name, _NATIVE)))
+    name = given.find("model.name", lambda: (start.name, _NATIVE) if start else _model(facts, size, device))
     options = given.values.get("model.options", ())
     config = with_options(replace(model_config(name), num_classes=len(facts.classes)), parse_options(options))
-    batch = given.choose("train.batch_size", *_batch(facts, config, size, device))
-    epochs = given.choose("train.epochs", *_epochs(facts, config, size, device, batch))
+    batch = given.find("train.batch_size", lambda: _batch(facts, config, size, device))
+    epochs = given.find("train.epochs", lambda: _epochs(facts, config, size, device, batch))
     if start is not None:  # the paper fine-tunes with 0.1 at a batch of 2,048
         lr = given.choose("optim.lr", 0.1 * batch / 2048, f"0.1 x {batch} / 2048, scaled from A.5 of the paper")
         optim = _fine_tuning(given, config, lr, epochs)
@@ -195,12 +195,15 @@ def _epochs(facts: Facts, config: NetworkConfig, size: int, device: str, batch: 
 
 def _optim(given: Given, config: NetworkConfig, lr: float, length: Length) -> OptimConfig:
     base = OptimConfig(lr=lr, clipping=0.01, warmup=given.choose("optim.warmup", min(5.0, length.epochs / 10)))
+    return replace(base, clipping=given.find("optim.clipping", lambda: _clipping(config, base, length)))
+
+
+def _clipping(config: NetworkConfig, optim: OptimConfig, length: Length) -> tuple[float, str]:
     total = length.total
-    clipping, steps = choose.clipping_for(length.schedule(base), total, base.eps, base.momentum)
-    reason = f"SkipInit can reach 0.1 in {steps} of {total} steps"
+    clipping, steps = choose.clipping_for(length.schedule(optim), total, optim.eps, optim.momentum)
     if config.norm == "batch":
-        reason = f"as for a normalizer-free network of {total} steps"
-    return replace(base, clipping=given.choose("optim.clipping", clipping, reason))
+        return clipping, f"as for a normalizer-free network of {total} steps"
+    return clipping, f"SkipInit can reach 0.1 in {steps} of {total} steps"
 
 
 def _fine_tuning(given: Given, config: NetworkConfig, lr: float, epochs: float) -> OptimConfig:
