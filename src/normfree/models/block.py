@@ -23,7 +23,7 @@ from normfree.models.families import NetworkConfig
 from normfree.nn.conv import Padding, SameConv2d, WSConv2d
 from normfree.nn.eager import is_eager_on_cpu, take
 from normfree.nn.layers import SqueezeExcite, at_least_float32, avg_pool_dense, avg_pool_same
-from normfree.nn.signal import activation
+from normfree.nn.signal import Activation, activation
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Block(nn.Module):
         super().__init__()
         free = config.norm == "none"
         self.act, gamma = activation(config.activation)
-        self.act0 = self.act  # before the first convolution, where a sum is behind it
+        self.act_of_sum: Activation | None = None  # the same behind a sum, where that is quicker otherwise
         self.gamma = gamma if free else 1.0
         self.beta = place.beta if config.beta_first and free else 1.0  # otherwise it is in the weights
         self.place, self.squeeze, self.pooled = place, config.squeeze, config.shortcut == "pool"
@@ -140,7 +140,8 @@ class Block(nn.Module):
         """What the convolutions of the block see, but for the factors that are in their weights."""
         if self.norm0 is not None:
             x = self.norm0(x)
-        return self.act0(x if self.beta == 1.0 else x / self.beta)
+        act = self.act if self.act_of_sum is None else self.act_of_sum
+        return act(x if self.beta == 1.0 else x / self.beta)
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """(N, C, H, W) -> (N, C', ceil(H / stride), ceil(W / stride)); keep (N,) is 0 for samples that skip it."""

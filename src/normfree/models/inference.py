@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from normfree.config import UserError
+from normfree.models.block import Block
 from normfree.models.fold import fold
 from normfree.nn import int8
 from normfree.nn.fused import replace_gelu, sigmoid_gelu
+from normfree.nn.signal import gelu
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16}  # of the maps
 
@@ -42,9 +44,17 @@ def for_inference(
     for name, conv in rounded.items():
         plain.set_submodule(name, conv)
     if compiled and next(plain.parameters()).device.type == "cpu":
-        # behind a convolution oneDNN has the tanh form; behind a sum, and before integers, this one is quicker
-        replace_gelu(plain, sigmoid_gelu, ("act", "act0") if rounded else ("act0",))
+        if rounded:
+            replace_gelu(plain, sigmoid_gelu)
+        else:  # behind a convolution oneDNN has the tanh form
+            _quicken_sums(plain)
     return _Ready(plain, TYPES[precision], compiled).eval()
+
+
+def _quicken_sums(plain: nn.Module) -> None:
+    for block in plain.modules():
+        if isinstance(block, Block) and block.act is gelu:
+            block.act_of_sum = sigmoid_gelu
 
 
 def _rounded(plain: nn.Module, images: Tensor | None) -> dict[str, int8.Int8Conv2d]:

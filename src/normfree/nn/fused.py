@@ -8,7 +8,7 @@ numbers in bfloat16, two cores.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -39,12 +39,11 @@ def sigmoid_gelu(x: Tensor) -> Tensor:
     return (y * torch.sigmoid(y * (_LINEAR + _CUBIC * y * y))).to(x.dtype)
 
 
-def replace_gelu(model: nn.Module, other: Callable[[Tensor], Tensor], names: Sequence[str] = ("act", "act0")) -> None:
-    """Put another function where modules have the tanh form of GELU as an attribute of one of the names."""
+def replace_gelu(model: nn.Module, other: Callable[[Tensor], Tensor]) -> None:
+    """Put another function where modules have the tanh form of GELU as their `act`."""
     for module in model.modules():
-        for name in names:
-            if getattr(module, name, None) is gelu:
-                setattr(module, name, other)
+        if getattr(module, "act", None) is gelu:
+            module.act = other  # type: ignore[assignment]
 
 
 def fuse_activations(model: nn.Module) -> None:
