@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
+from torch.profiler import profile
 
 from normfree import create_model, for_inference, save_weights
 from normfree.cli import main
@@ -152,21 +153,21 @@ def test_what_cannot_be_is_said(
 @_torchs_own
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("bf16", 0.03), ("int8", 0.06)])
 def test_the_compiled_network_is_the_same(precision: str, bound: float) -> None:
-    """To rounding, for two shapes, with integer convolutions in place; and other networks are compiled as before."""
-    from torch._dynamo.utils import counters
-
+    """To rounding, for two shapes, with convolutions of integers in place; other networks are compiled as before."""
     if precision == "int8" and not int8.is_available():
         pytest.skip("the processor has no VNNI")
     model, images = _network(), _images()
-    counters.clear()
     ready = for_inference(model, precision, compiled=True, images=images)
     plain = for_inference(model, precision, images=images)
     for n in (6, 1):
         with torch.inference_mode():
             assert _off(ready(images[:n]), plain(images[:n])) < bound
-    integers = counters["inductor"]["qconv_weight_prepack_matcher_count"]
+    with profile() as found, torch.inference_mode():
+        ready(images)
+    done = {event.key: event.count for event in found.key_averages()}
     convolutions = sum(isinstance(m, Int8Conv2d) for m in plain.modules())
-    assert integers == (2 * convolutions if precision == "int8" else 0)
+    assert done.get("onednn::qconv_pointwise", 0) == convolutions
+    assert "onednn::qconv_prepack" not in done  # they are frozen
     import torch._inductor.config as inductor
 
     assert not inductor.freezing

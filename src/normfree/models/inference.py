@@ -45,6 +45,7 @@ def for_inference(
         plain.set_submodule(name, conv)
     if compiled and next(plain.parameters()).device.type == "cpu":
         if rounded:
+            int8.allow_integers(plain)
             replace_gelu(plain, sigmoid_gelu)
         else:  # behind a convolution oneDNN has the tanh form
             _quicken_sums(plain)

@@ -98,7 +98,7 @@ class SameConv2d(nn.Conv2d):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
-    def padded(self, x: Tensor) -> tuple[Tensor, str | tuple[int, int]]:
+    def padded(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The input with the zeros that differ between two sides, and those that the convolution can add itself."""
         if not self.same:
             return x, self.padding  # type: ignore[return-value]

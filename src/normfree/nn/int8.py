@@ -1,14 +1,15 @@
 """Convolutions of 8-bit integers, for inference on CPUs.
 
 A map is rounded to 256 levels between the least and the greatest value that calibration saw, 0 among them; a weight to
-255 levels around 0, by output unit. Uncompiled the arithmetic is of the rounded numbers, in floats. torch.compile with
-frozen weights knows the pattern and makes it oneDNN's convolution of integers.
+255 levels around 0, by output unit. Uncompiled the arithmetic is of the rounded numbers, in floats; compiled with
+frozen weights it is oneDNN's, of the integers themselves.
 """
 
 from __future__ import annotations
 
 import math
 from contextlib import suppress
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +17,13 @@ from torch import Tensor, nn
 
 from normfree.nn.conv import SameConv2d
 
-with suppress(ImportError):  # defines the operations below
-    import torch.ao.quantization.fx._decomposed
-
 LEVELS = 255
 _LEAST = 1e-12  # step, so that its inverse is a number
 
 
 def is_available() -> bool:
-    """Whether this torch and this processor have what it takes: the operations, and AVX512's or AVX's VNNI."""
-    return hasattr(torch.ops.quantized_decomposed, "quantize_per_tensor") and bool(torch.cpu._is_vnni_supported())
+    """Whether this torch and this processor have what it takes: oneDNN's operation, and AVX512's or AVX's VNNI."""
+    return hasattr(torch.ops.onednn, "qconv_pointwise") and bool(torch.cpu._is_vnni_supported())
 
 
 class Int8Conv2d(SameConv2d):
@@ -34,6 +32,9 @@ class Int8Conv2d(SameConv2d):
     Args:
         conv: the convolution.
         low, high: the range of its input, with 0 in between or not.
+
+    Attributes:
+        of_integers: compute with the integers themselves, where it is compiled with frozen weights.
     """
 
     weight_levels: Tensor
@@ -56,6 +57,7 @@ class Int8Conv2d(SameConv2d):
         low, high = min(low, 0.0), max(high, 0.0)
         self.step = max((high - low) / LEVELS, _LEAST)
         self.zero = round(-low / self.step)
+        self.of_integers = False
         weight = conv.weight.detach().float()
         steps = weight.abs().amax(dim=(1, 2, 3)) / 127
         steps = torch.where(steps > 0, steps, 1.0)
@@ -68,18 +70,28 @@ class Int8Conv2d(SameConv2d):
 
     def filters(self) -> Tensor:
         """The rounded weight: (out, in / groups, kh, kw), float32."""
-        levels: Tensor = torch.ops.quantized_decomposed.dequantize_per_channel(
-            self.weight_levels, self.unit_step, self.unit_zero, 0, -128, 127, torch.int8
-        )
-        return levels
+        return self.weight_levels * self.unit_step.view(-1, 1, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in, H, W) -> (N, out, ceil(H / stride), ceil(W / stride))."""
         x, padding = self.padded(x)
-        ops, scheme = torch.ops.quantized_decomposed, (self.step, self.zero, 0, LEVELS, torch.uint8)
-        rounded = ops.dequantize_per_tensor(ops.quantize_per_tensor(x.float(), *scheme), *scheme).to(x.dtype)
+        if self.of_integers and torch.compiler.is_compiling():
+            return self._of_integers(x, padding)
+        rounded = torch.fake_quantize_per_tensor_affine(x.float(), self.step, self.zero, 0, LEVELS).to(x.dtype)
         weight, bias = self.filters().to(x.dtype), self.bias.to(x.dtype)
         return F.conv2d(rounded, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+    def _of_integers(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
+        levels = (x.float() * (1 / self.step)).round().add(self.zero).clamp(0, LEVELS).to(torch.uint8)
+        places = [list(self.stride), list(padding), list(self.dilation), self.groups]
+        packed = torch.ops.onednn.qconv_prepack(
+            self.weight_levels, self.unit_step, self.step, self.zero, *places, list(x.shape)
+        )
+        units = (packed, self.unit_step, self.unit_zero, self.bias)
+        out: Tensor = torch.ops.onednn.qconv_pointwise(
+            levels, self.step, self.zero, *units, *places, 1.0, 0, x.dtype, "none", [], ""
+        )
+        return out
 
     def extra_repr(self) -> str:
         """As of the base class, with the levels of the input."""
@@ -110,3 +122,22 @@ def round_convolutions(model: nn.Module, images: Tensor) -> dict[str, Int8Conv2d
         for hook in hooks:
             hook.remove()
     return {name: Int8Conv2d(conv, *ranges[conv]) for name, conv in named.items() if conv in ranges}
+
+
+def allow_integers(model: nn.Module) -> None:
+    """Let the convolutions of a network be compiled as those of integers, by a compiler that freezes the weights."""
+    _describe_packing()
+    for module in model.modules():
+        if isinstance(module, Int8Conv2d):
+            module.of_integers = True
+
+
+@lru_cache(maxsize=1)
+def _describe_packing() -> None:
+    """Tell torch the shape of what is computed once, when weights are frozen, and which it has no description of."""
+    with suppress(RuntimeError):  # a torch that has one
+        torch.library.register_fake("onednn::qconv_prepack", _packed)
+
+
+def _packed(weight: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(weight)
