@@ -26,7 +26,7 @@ from normfree.data.loader import Batch
 from normfree.distributed import Group
 from normfree.models import model_config
 from normfree.models.count import multiply_adds, multiply_adds_of
-from normfree.train.build import build_learner
+from normfree.train.build import build_learner, compile_network
 from normfree.train.length import Length
 
 __all__ = ["CLASSES", "SAM", "TIMM", "Step", "Task", "images", "library", "size_of", "step", "step_multiply_adds"]
@@ -105,7 +105,7 @@ class _Ours:
         preprocessing = Preprocessing(task.size, "squash", 32, IMAGENET_MEAN, IMAGENET_STD)
         self.learner = build_learner(run, CLASSES, Length(1000.0, 1000.0), preprocessing, group)
         if task.compiled:
-            self.learner.model.compile(dynamic=False)  # one program a shape, and not one for all
+            compile_network(self.learner.model)
         labels = torch.arange(task.batch, device=task.device) % CLASSES
         self._batch = Batch(images(task), labels, torch.ones(task.batch, dtype=torch.bool), [])
         self._taken = 0

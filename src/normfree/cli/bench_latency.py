@@ -27,7 +27,7 @@ class Steps(Measured):
     rounds: Annotated[int, tyro.conf.arg(aliases=["--steps"])] = 20  # steps that count; 5,000 in the paper
     warmup: int | None = None  # steps before them that do not; 5 if compiled, otherwise 2
     precision: Precision = "fp32"  # of the maps
-    compiled: bool = False  # torch.compile of the network
+    compiled: bool = False  # torch.compile: of ours as --train.compile does, of timm's the network
     fused: bool = False  # torch's fused SGD for timm's networks, instead of SGD as it comes
     micro_batch: int | None = None  # images at once, whose gradients add up; as many as fit if not given
     remat: Literal["none", "block", "stage"] = "none"  # compute maps again in backward, to save memory
