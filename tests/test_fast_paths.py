@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from normfree.config import DataConfig, ModelConfig, OptimConfig, Run, TrainConfig
 from normfree.data.loader import Batch
+from normfree.models import create_model
 from normfree.nn import conv as conv_module
 from normfree.nn import fused
-from normfree.nn.conv import standardize
+from normfree.nn.conv import WSConv2d, standardize
 from normfree.train.build import build_learner, eval_preprocessing
 from normfree.train.length import Length
 
@@ -96,7 +98,62 @@ def test_the_formulas_of_the_fused_gelu(dtype: torch.dtype) -> None:
         torch.testing.assert_close(ours.double(), theirs.detach(), rtol=rounding, atol=rounding)
 
 
+@pytest.mark.parametrize("shape", [(5, 3, 3, 3), (7, 40, 1, 1), (1, 2, 1, 2), (64, 16, 3, 3)])
+def test_the_formulas_of_the_fused_standardisation(shape: tuple[int, ...]) -> None:
+    """And of its gradients, beside Eq. 1 in float64; of units at the floor of their variance too."""
+    torch.manual_seed(0)
+    weight, gain, grad = torch.randn(shape) + 0.3, torch.rand(shape[0]) + 0.5, torch.randn(shape)
+    weight[0] *= 1e-4  # at the floor
+    w, g = weight.double().requires_grad_(), gain.double().requires_grad_()
+    with _plain():
+        exact = standardize(w, g)
+    of_weight, of_gain = torch.autograd.grad(exact, (w, g), grad.double())
+    rows = weight.view(len(weight), -1)
+    found, mean, rstd = fused._standardized(rows, gain, 1e-4, torch.float32)
+    torch.testing.assert_close(found.view(shape).double(), exact.detach(), rtol=1e-5, atol=1e-5)
+    ours = fused._of_standardized(grad.view(rows.shape), rows, gain, mean, rstd, 1e-4)
+    for a, b in ((ours[0].view(shape), of_weight), (ours[1], of_gain)):
+        assert (a - b).norm() < 1e-5 * b.norm()
+
+
+def test_what_is_fused() -> None:
+    """GELU and the standardisation for 16 bits; in others, and in shared passes, all is as before."""
+    model = create_model("nfnet_tiny", 10)
+    plain = copy.deepcopy(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "_kernel", lambda function: function)
+        fused.fuse(model)
+        x = torch.randn(2, 3, 32, 32)
+        for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+            ours, theirs = (m.eval()(x.to(dtype)) for m in (model, plain))
+            assert (ours - theirs).norm() <= bound * theirs.norm()
+    convolutions = [m for m in model.modules() if isinstance(m, WSConv2d)]
+    assert all(m.standardizer is fused.fused_standardize for m in convolutions)
+    assert all(m.filters().dtype == torch.float32 for m in convolutions)
+
+
 _torchs_own = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's, about itself
+
+
+@pytest.mark.slow
+@_torchs_own
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(5, 3, 3, 3), (7, 40, 1, 1), (96, 128, 3, 3), (1, 1, 1, 3), (33, 17, 3, 3)])
+def test_the_compiled_standardisation_equals_the_plain_one(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """The outcome to the rounding of its type, gradients of a rounded gradient to that of float32; and second ones."""
+    torch.manual_seed(1)
+    weight, gain = (torch.randn(shape) * 2 + 0.3).requires_grad_(), (torch.rand(shape[0]) + 0.5).requires_grad_()
+    grad = torch.randn(shape).to(dtype)
+    ours = fused.fused_standardize(weight, gain, 1e-4, dtype)
+    theirs = standardize(weight, gain)
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours.double(), theirs.double(), rtol=2**-8, atol=2**-8)
+    expected = torch.autograd.grad(theirs, (weight, gain), grad.float(), create_graph=True)
+    for a, b in zip(torch.autograd.grad(ours, (weight, gain), grad, retain_graph=True), expected, strict=True):
+        torch.testing.assert_close(a, b.detach(), rtol=1e-4, atol=1e-4 * float(b.detach().abs().max()))
+    again = torch.autograd.grad(ours, weight, grad, create_graph=True)[0]
+    second = [torch.autograd.grad(g.square().sum(), weight)[0] for g in (again, expected[0])]
+    torch.testing.assert_close(*second, rtol=1e-4, atol=1e-4 * float(second[1].detach().abs().max()))
 
 
 @pytest.mark.slow
@@ -118,18 +175,19 @@ def test_the_compiled_gelu_equals_torchs(dtype: torch.dtype, shape: tuple[int, .
 
 @pytest.mark.slow
 @_torchs_own
-def test_a_compiled_run_trains_as_an_eager_one() -> None:
-    """--train.compile: the same losses over five steps, to rounding, with another activation in the blocks."""
+@pytest.mark.parametrize(("precision", "rounding"), [("fp32", 1e-5), ("bf16", 0.01)])
+def test_a_compiled_run_trains_as_an_eager_one(precision: str, rounding: float) -> None:
+    """--train.compile: the same losses over five steps, to rounding, with other functions in the blocks."""
     losses = []
     for compiled in (False, True):
-        run = steps_run(compile=compiled)
+        run = steps_run(compile=compiled, precision=precision)
         learner = build_learner(run, 10, Length(1.0, 5.0), eval_preprocessing(run))
         acts = {block.act for block in learner.model.blocks}
         assert (fused.fused_gelu in acts) == compiled
         images = torch.randint(256, (8, 32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
         batch = Batch(images.permute(0, 3, 1, 2), torch.arange(8) % 10, torch.ones(8, dtype=torch.bool), [])
         losses.append([learner.step(batch, i, i).sums[0].item() for i in range(5)])
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses[0], losses[1], rtol=rounding, atol=0)
 
 
 def steps_run(**train: Any) -> Run:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from normfree.nn.eager import is_eager_on_cpu
 
+Standardizer = Callable[[Tensor, Tensor, float, torch.dtype], Tensor]  # weight, gain, eps, type of the outcome
 Padding = Literal["same"] | int | tuple[int, int]
 
 
@@ -91,10 +92,14 @@ class SameConv2d(nn.Conv2d):
         """What is convolved with: (out, in / groups, kh, kw)."""
         return self.weight
 
+    def filters_in(self, dtype: torch.dtype) -> Tensor:
+        """`filters`, in the type of the maps."""
+        return self.filters().to(dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         """(N, in, H, W) -> (N, out, ceil(H / stride), ceil(W / stride))."""
         x, padding = self.padded(x)
-        weight = self.filters().to(x.dtype)
+        weight = self.filters_in(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
@@ -155,6 +160,7 @@ class WSConv2d(SameConv2d):
         if math.prod(self.weight.shape[1:]) == 1:
             raise ValueError("a fan-in of 1 cannot be standardised: the weight minus its mean is 0")
         self.scale, self.eps = scale, eps
+        self.standardizer: Standardizer | None = None  # for maps of 16 bits, where something quicker is at hand
         self._standardized: Tensor | None = None  # where `standardized_once` has it
         self.gain = nn.Parameter(torch.ones_like(self.bias))  # type: ignore[arg-type]
 
@@ -168,8 +174,17 @@ class WSConv2d(SameConv2d):
         """The standardised weight with its gain and scale, in float32 at least."""
         if self._standardized is not None:
             return self._standardized
+        return standardize(self.weight, self._gain(), self.eps)
+
+    def filters_in(self, dtype: torch.dtype) -> Tensor:
+        """`filters`, in the type of the maps; always from the weights as they are stored."""
+        if self.standardizer is None or self._standardized is not None or dtype.itemsize > 2:
+            return self.filters().to(dtype)
+        return self.standardizer(self.weight, self._gain(), self.eps, dtype)
+
+    def _gain(self) -> Tensor:
         gain = self.gain if self.gain.dtype == torch.float64 else self.gain.float()
-        return standardize(self.weight, gain * self.scale if self.scale != 1.0 else gain, self.eps)
+        return gain * self.scale if self.scale != 1.0 else gain
 
     def folded(self) -> SameConv2d:
         """A plain convolution with the same outputs, and parameters of its own."""

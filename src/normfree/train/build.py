@@ -19,7 +19,7 @@ from normfree.data.randaugment import RandAugment
 from normfree.data.sources import Source
 from normfree.distributed import Group
 from normfree.models import Network, create_model, parse_options
-from normfree.nn.fused import fuse_activations
+from normfree.nn.fused import fuse
 from normfree.optim import AGCSGD, EMA, LARS, SAM, param_groups
 from normfree.train.length import Length
 from normfree.train.step import Learner
@@ -52,7 +52,7 @@ def build_learner(
 
 
 def compile_network(model: Network) -> None:
-    """On a CPU its activations; elsewhere all of its forward and backward passes, replayed as CUDA graphs.
+    """On a CPU its activations and standardisations; elsewhere all of its passes, replayed as CUDA graphs.
 
     Raises:
         UserError: torch.compile does not work here.
@@ -61,7 +61,7 @@ def compile_network(model: Network) -> None:
         model.compile(mode="reduce-overhead")
         return
     try:
-        fuse_activations(model)
+        fuse(model)
     except Exception as e:  # whatever the compiler and its absence may raise
         raise UserError(f"--train.compile does not work here: {e}") from e
 
