@@ -121,7 +121,7 @@ def test_what_is_fused() -> None:
     model = create_model("nfnet_tiny", 10)
     plain = copy.deepcopy(model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "_kernel", lambda function: function)
+        patch.setattr(fused, "_compiled", lambda function: function)
         fused.fuse(model)
         x = torch.randn(2, 3, 32, 32)
         for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):

@@ -73,7 +73,7 @@ class _FusedGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        found: Tensor = _kernel(sigmoid_gelu)(x)
+        found: Tensor = _run(sigmoid_gelu, x)
         return found
 
     @staticmethod
@@ -82,7 +82,7 @@ class _FusedGelu(torch.autograd.Function):
         if torch.is_grad_enabled():  # for a second derivative
             again: Tensor = torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
             return again
-        found: Tensor = _kernel(_backward)(grad, x)
+        found: Tensor = _run(_backward, grad, x)
         return found
 
 
@@ -90,7 +90,7 @@ class _FusedStandardize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         rows = weight.view(len(weight), -1)
-        found, mean, rstd = _kernel(_standardized)(rows, gain, eps, dtype)
+        found, mean, rstd = _run(_standardized, rows, gain, eps, dtype)
         ctx.save_for_backward(weight, gain, mean, rstd)
         ctx.eps = eps
         return found.view(weight.shape)  # type: ignore[no-any-return]
@@ -103,7 +103,7 @@ class _FusedStandardize(torch.autograd.Function):
             of_weight, of_gain = torch.autograd.grad(found, (weight, gain), grad.to(found.dtype), create_graph=True)
             return of_weight, of_gain, None, None
         rows = (len(weight), -1)
-        of_weight, of_gain = _kernel(_of_standardized)(grad.reshape(rows), weight.view(rows), gain, mean, rstd, ctx.eps)
+        of_weight, of_gain = _run(_of_standardized, grad.reshape(rows), weight.view(rows), gain, mean, rstd, ctx.eps)
         return of_weight.view(weight.shape), of_gain, None, None
 
 
@@ -136,7 +136,12 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _run(function: Callable[..., Any], *arguments: Any) -> Any:
+    """A function of tensors, compiled; they are detached, since the compiler would look at their gradients."""
+    return _compiled(function)(*(a.detach() if isinstance(a, Tensor) else a for a in arguments))
+
+
 @lru_cache(maxsize=4)
-def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     compiled: Callable[..., Any] = torch.compile(function, dynamic=True)
     return compiled
