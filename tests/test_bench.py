@@ -446,6 +446,22 @@ def test_inference_is_of_the_network(ready: bool) -> None:
     inference.forward(steps.Task("nfnet_tiny", 32, 2, "bf16"), ready)()
 
 
+def test_one_network_compiled_beside_the_same_that_is_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """+compiled behind a name is of this one alone, as --train.compile has it; with --compiled it would say nothing."""
+    monkeypatch.setattr(bench_latency, "measure_peak", lambda where, precision: 1e12)
+    compiled: list[object] = []
+    monkeypatch.setattr(steps, "compile_network", compiled.append)
+    options = ["--size", "32", "--batch", "2", "--steps", "1", "--device", "cpu"]
+    names = ["nfnet_tiny", "nfnet_tiny+compiled"]
+    assert _main(["bench", "latency", *names, *options, "--json"]) == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)["rows"]] == names
+    assert len(compiled) == 1
+    assert _main(["bench", "latency", *names, *options, "--compiled"]) == 1
+    assert "+compiled behind a name says nothing beside --compiled" in capsys.readouterr().err
+
+
 def test_an_unknown_way_of_inference_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     """With what there is."""
     assert _main(["bench", "inference", "nfnet_tiny", "--ways", "bf16+frozen", "--device", "cpu"]) == 1

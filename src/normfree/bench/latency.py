@@ -48,12 +48,12 @@ def together(
     found = [Timed(task, processes=1 if group is None else group.world) for task in tasks]
     for timed in found:
         try:
-            works[timed.task.model] = _settled(timed, device, group)
+            works[timed.task.name] = _settled(timed, device, group)
         except DoesNotFit as e:
             raise DoesNotFit(f"{e}{' beside the others: try --apart' if len(tasks) > 1 else ''}") from None
     seconds = take_turns(works, rounds, device, warmup, told)
     for timed in found:
-        _conclude(timed, works[timed.task.model], seconds[timed.task.model])
+        _conclude(timed, works[timed.task.name], seconds[timed.task.name])
     return found
 
 
@@ -64,7 +64,7 @@ def apart(
 
     One that does not fit has a reason instead of seconds, and the rest goes on; among several processes all ends.
     """
-    found = {task.model: Timed(task, processes=1 if group is None else group.world) for task in tasks}
+    found = {task.name: Timed(task, processes=1 if group is None else group.world) for task in tasks}
     done = 0  # steps of all networks
     for n in (rounds - rounds // 2, rounds // 2):
         for timed in found.values():
@@ -129,7 +129,7 @@ def rows(found: Sequence[Timed], peak: float) -> list[dict[str, Any]]:
 
 def _row(timed: Timed, first: list[float], peak: float) -> dict[str, Any]:
     task = timed.task
-    about = {"name": task.model, "size": task.size, "batch": task.batch}
+    about = {"name": task.name, "size": task.size, "batch": task.batch}
     if not timed.seconds:
         return about | {"failure": timed.failure}
     times, work = spread(timed.seconds), step_multiply_adds(task)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from normfree.bench import paper
-from normfree.bench.task import CLASSES, RATE, SAM, TIMM, Step, Task, images, is_finite
+from normfree.bench.task import CLASSES, COMPILED, RATE, SAM, TIMM, Step, Task, images, is_finite
 from normfree.bench.timm_step import TimmStep, known_name, library, timms_network
 from normfree.config import (
     IMAGENET_MEAN,
@@ -29,7 +29,19 @@ from normfree.models.count import multiply_adds, multiply_adds_of
 from normfree.train.build import build_learner, compile_network
 from normfree.train.length import Length
 
-__all__ = ["CLASSES", "SAM", "TIMM", "Step", "Task", "images", "library", "size_of", "step", "step_multiply_adds"]
+__all__ = [
+    "CLASSES",
+    "COMPILED",
+    "SAM",
+    "TIMM",
+    "Step",
+    "Task",
+    "images",
+    "library",
+    "size_of",
+    "step",
+    "step_multiply_adds",
+]
 
 _SAM_EVERY = 5  # the ascent sees a fifth of the images (A.4)
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from normfree.bench.paper import TABLE_3, Row, row_of
+from normfree.bench.task import COMPILED
 
 _PRINTED = ("multiply_adds", "parameters", "top1", "top5", "tpu_ms", "gpu_ms", "borrowed")
 NOT_MEASURED, PAPER_ONLY = "not measured", "the paper's numbers only: no package has it"
@@ -23,7 +24,7 @@ def beside_the_paper(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         adds in billions at the test size, parameters in millions); "here", of `found`; and where that is not there, or
         has no numbers, "note", why. A network in another implementation has a row of its own behind the first.
     """
-    by_name = {row["name"]: row for row in found}
+    by_name = {row["name"].removesuffix(COMPILED): row for row in found}
     joined = [line for row in TABLE_3 for line in _lines(row, by_name)]
     return joined + [{"network": name, "here": here} for name, here in by_name.items() if row_of(name) is None]
 

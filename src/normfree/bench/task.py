@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 CLASSES = 1000
-TIMM, SAM = "timm:", "+sam"
+TIMM, SAM, COMPILED = "timm:", "+sam", "+compiled"
 RATE = 0.01  # of learning: steady, and small, so that after thousands of steps on one batch all numbers are finite
 
 
@@ -26,6 +26,11 @@ class Task:
     fused: bool = False  # torch's fused SGD for timm's networks; ours has one optimizer
     micro_batch: int | None = None  # images at once; as many as fit if None
     remat: str = "none"  # compute maps again in backward: of each "block" or "stage"; timm's networks have one way
+
+    @property
+    def name(self) -> str:
+        """What sets it apart from others that are measured beside it."""
+        return self.model + COMPILED * self.compiled
 
 
 class Step(Protocol):

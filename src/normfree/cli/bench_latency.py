@@ -41,7 +41,8 @@ class Latency(Steps):
     sum of gradients is in the time.
     """
 
-    models: Annotated[tuple[str, ...], tyro.conf.Positional] = ("nfnet_f0",)  # ours, or NAME+sam, or timm:NAME
+    # ours, or NAME+sam, or timm:NAME; +compiled behind one compiles it alone
+    models: Annotated[tuple[str, ...], tyro.conf.Positional] = ("nfnet_f0",)
     size: int | None = None  # side of the images in pixels; the first network's training size if not given
     own_sizes: bool = False  # each network at the size it is trained on
     batch: int = 32  # images of a step
@@ -57,8 +58,9 @@ def _latency(args: Latency, command: str, group: Group) -> int:
     where = place(args, group)
     if args.size is not None and args.own_sizes:
         raise UserError("--size is for all networks and --own-sizes for each its own: leave one out")
-    size = args.size or steps.size_of(args.models[0])
-    sizes = {model: steps.size_of(model) if args.own_sizes else size for model in args.models}
+    own = {name: steps.size_of(name.removesuffix(steps.COMPILED)) for name in args.models if args.own_sizes}
+    size = args.size or steps.size_of(args.models[0].removesuffix(steps.COMPILED))
+    sizes = {name: own.get(name, size) for name in args.models}
     result = measure(args, sizes, args.batch, where, args.apart, group)
     return hand_over(args, command, where, result, table(result["rows"])) if group.first else 0
 
@@ -71,9 +73,21 @@ def measure(
         raise UserError("--size, --batch and --micro-batch must be positive")
     if args.warmup is not None and args.warmup < 0:
         raise UserError("--warmup must not be negative")
-    warmup = (5 if args.compiled else 2) if args.warmup is None else args.warmup
-    settings = {name: getattr(args, name) for name in ("precision", "compiled", "fused", "micro_batch", "remat")}
-    tasks = [steps.Task(model, size, batch, device=str(where), **settings) for model, size in sizes.items()]
+    settings = {name: getattr(args, name) for name in ("precision", "fused", "micro_batch", "remat")}
+    tasks = [
+        steps.Task(
+            name.removesuffix(steps.COMPILED),
+            size,
+            batch,
+            device=str(where),
+            compiled=args.compiled or name.endswith(steps.COMPILED),
+            **settings,
+        )
+        for name, size in sizes.items()
+    ]
+    if len({task.name for task in tasks}) < len(tasks):
+        raise UserError("+compiled behind a name says nothing beside --compiled")
+    warmup = (5 if any(task.compiled for task in tasks) else 2) if args.warmup is None else args.warmup
     peak = measure_peak(where, args.precision)
     measured = apart if alone else together
     if group.first:
@@ -81,7 +95,13 @@ def measure(
             found = measured(tasks, args.rounds, warmup, line.advance, group)
     else:
         found = measured(tasks, args.rounds, warmup, None, group)
-    how = settings | {"batch": batch, "processes": group.world, "warmup": warmup, "apart": alone}
+    how = settings | {
+        "compiled": args.compiled,
+        "batch": batch,
+        "processes": group.world,
+        "warmup": warmup,
+        "apart": alone,
+    }
     return how | {"peak_multiply_adds_per_second": peak, "rows": rows(found, peak)}
 
 
