@@ -54,6 +54,7 @@ def plain_and_safe(model: str, size: int, batch: int) -> dict[str, Callable[[], 
     """The two, each with a network of its own, on the same images of noise; masks are drawn alike."""
     data = noise(size, batch)
     ours, theirs = learner(model, size, batch), learner(model, size, batch)
+    theirs.optimizer.skip_nonfinite = False  # type: ignore[attr-defined]
     times, plain_times = itertools.count(1), itertools.count(1)
 
     def safe() -> None:

@@ -52,11 +52,12 @@ _FORWARD = "normfree.models.network:Network.forward"
 _FILES = ("state.safetensors", "state.json", "manifest.json")
 POINTS = {
     "config": Point("os:replace", "config.json is written, and not in its place", _onto("config.json")),
+    "validation": Point("os:replace", "names held out are written, and not in place", _onto("validation.json")),
     "stream": Point("normfree.train.loop:_batches", "the stream of batches is opened"),
     "read": Point("normfree.data.loader:_TrainStream.__getitems__", "a loader makes training images; counted in each"),
     "step": Point("normfree.train.step:Learner.step", "a step begins"),
     "forward": Point(_FORWARD, "a micro-batch begins", lambda c: c["self"].training and not c["x"].is_meta),
-    "compile": Point("normfree.nn.fused:_kernel", "a compiled activation is due, of each layer and each way"),
+    "compile": Point("normfree.nn.fused:_run", "a compiled activation is due, of each layer and each way"),
     "update": Point("normfree.optim.sgd:AGCSGD.step", "the gradients are there, the weights are not changed"),
     "updated": Point("normfree.optim.sgd:AGCSGD.step", "the weights are changed, their average is not", after=True),
     "averaged": Point("normfree.optim.ema:EMA.update", "the average is changed too", after=True),

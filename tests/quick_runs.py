@@ -78,6 +78,7 @@ CONTROLS = {
 # every named instant at which a save, or what is written beside it, can be cut off by kill -9
 INSTANTS = (
     [
+        "validation:1:kill",
         "config:1:kill",
         "write:1:tear",
         "write:2:tear",

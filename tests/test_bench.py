@@ -462,6 +462,24 @@ def test_one_network_compiled_beside_the_same_that_is_not(
     assert "+compiled behind a name says nothing beside --compiled" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["inference", "nfnet_tiny", "--batch", "0"], "--size and --batch must be positive"),
+        (["inference", "nfnet_tiny", "--size", "0"], "--size and --batch must be positive"),
+        (["inference", "nfnet_tiny", "--ways"], "there is nothing to measure"),
+        (["inference", "nfnet_tiny", "--out", "."], "--out must be a file in a folder that is there"),
+        (["latency", "nfnet_tiny", "--size", "0"], "must be positive"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_measured(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line."""
+    assert _main(["bench", *options, "--device", "cpu"]) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_an_unknown_way_of_inference_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     """With what there is."""
     assert _main(["bench", "inference", "nfnet_tiny", "--ways", "bf16+frozen", "--device", "cpu"]) == 1

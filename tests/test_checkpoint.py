@@ -325,6 +325,18 @@ def test_no_checkpoint_is_an_error(tmp_path: Path, exists: bool) -> None:
     assert refusal(lambda: load_checkpoint(folder)) == f"{folder} has no whole checkpoint"
 
 
+def test_what_is_not_a_checkpoint_stays(tmp_path: Path) -> None:
+    """A copy that somebody keeps beside them is neither loaded nor removed."""
+    for step in (1, 2, 3, 4):
+        save_checkpoint(tmp_path, step, {"x": torch.zeros(1)}, {"step": step})
+        if step == 1:
+            shutil.copytree(tmp_path / "step-00000001", tmp_path / "step-00000001.mine")
+            (tmp_path / "step-notes").mkdir()
+    names = {path.name for path in tmp_path.glob("step-*")}
+    assert names == {"step-00000001.mine", "step-notes", "step-00000003", "step-00000004"}
+    assert load_checkpoint(tmp_path).state == {"step": 4}
+
+
 @pytest.mark.parametrize("keep", [1, 2])
 def test_a_broken_checkpoint_does_not_take_the_place_of_a_whole_one(tmp_path: Path, keep: int) -> None:
     """After a fall back the run saves steps before the broken one: `keep` whole ones stay, the new one first."""
@@ -676,11 +688,11 @@ def test_held_out_files_are_found_again(tmp_path: Path, weird: str) -> None:
     """A run evaluates on the very files it held out, whatever their names, also when the folder has grown since."""
     from normfree.train.loop import held_out
 
-    root, folder = tmp_path / "images", RunFolder(tmp_path)
+    root = tmp_path / "images"
     put(root, *(f"{c}/{i}{weird}.jpg" for c in "ab" for i in range(6)))
     run = run_on(root)
     train, val = open_data(str(root), 0.5)
-    held_out(folder, val)
+    folder = RunFolder.create(tmp_path / "run", run, held_out=held_out(val))
     put(root, *(f"{c}/new{i}.jpg" for c in "ab" for i in range(6)))
     found = validation_source(folder, run, train.classes)
     assert [found.name(i) for i in range(len(found))] == [val.name(i) for i in range(len(val))]
@@ -691,9 +703,10 @@ def test_a_validation_folder_is_opened_again(tmp_path: Path) -> None:
     """Where ROOT/val was there nothing is written down, and ROOT/val is what a run is evaluated on."""
     from normfree.train.loop import held_out
 
-    root, folder = tmp_path / "images", RunFolder(tmp_path)
+    root = tmp_path / "images"
     put(root, *(f"{half}/{c}/{i}.jpg" for half in ("train", "val") for c in "ab" for i in range(2)))
-    held_out(folder, open_data(str(root), 0.5)[1])
+    assert held_out(open_data(str(root), 0.5)[1]) is None
+    folder = RunFolder.create(tmp_path / "run", run_on(root))
     assert not folder.validation.exists()
     found = validation_source(folder, run_on(root), ("a", "b"))
     assert [found.name(i) for i in range(4)] == [f"val/{n}.jpg" for n in ("a/0", "a/1", "b/0", "b/1")]

@@ -494,8 +494,15 @@ def _newest_of_all(group_of: MakeGroup, folder: Path) -> None:
     """Rank 1 finds the newest broken, and rank 0 another manifest in the next than rank 1."""
     group = group_of()
     module: Any = checkpoint_module
-    plain, plain_sum = module._problem, module.sha256
+    plain, plain_sum, read = module._problem, module.sha256, module._read
+
+    def failing(path: Path) -> Any:
+        if path.name == "step-00000004":
+            raise OSError("input/output error")
+        return read(path)
+
     if group.rank == 1:
+        module._read = failing
         module._problem = lambda path: "gone" if path.name == "step-00000003" else plain(path)
     if group.rank == 0:
         module._problem = lambda path: None
@@ -503,6 +510,7 @@ def _newest_of_all(group_of: MakeGroup, folder: Path) -> None:
     found = load_checkpoint(folder, group)
     assert found.state == {"step": 1}
     assert found.rejected == [
+        "step-00000004: process 1: it cannot be read: input/output error",
         "step-00000003: process 1: gone",
         "step-00000002: it is not the same for all processes",
     ]
@@ -510,9 +518,9 @@ def _newest_of_all(group_of: MakeGroup, folder: Path) -> None:
 
 
 def test_processes_agree_on_a_checkpoint_that_all_can_read(tmp_path: Path) -> None:
-    """The newest is broken for one, the next is not the same for all."""
-    for step in (1, 2, 3):
-        save_checkpoint(tmp_path / "c", step, {"x": torch.full((2,), float(step))}, {"step": step}, keep=3)
+    """The newest is broken for one, the next is not the same for all, and one fails when it is read after all."""
+    for step in (1, 2, 3, 4):
+        save_checkpoint(tmp_path / "c", step, {"x": torch.full((2,), float(step))}, {"step": step}, keep=4)
     together(tmp_path, 2, _newest_of_all, tmp_path / "c")
 
 

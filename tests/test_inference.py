@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import math
+import pickle
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,6 +77,26 @@ def test_the_original_is_left_as_it_is() -> None:
     assert all(p.requires_grad for p in model.parameters())
     assert not ready.training
     assert not ready(_images().requires_grad_()).requires_grad
+
+
+def test_what_is_ready_stays_so() -> None:
+    """It has one mode, one of each tensor, and copies that are its like; it is not made ready again."""
+    ready, images = for_inference(_network(), "bf16"), _images()
+    expected = _logits(ready, images)
+    assert torch.equal(_logits(ready.train(), images), expected)
+    assert torch.equal(_logits(copy.deepcopy(ready), images), expected)
+    assert torch.equal(_logits(pickle.loads(pickle.dumps(ready)), images), expected)
+    assert pickle.loads(pickle.dumps(for_inference(_network(), compiled=True))) is not None
+    assert len(ready.state_dict()) == len(for_inference(_network()).model.state_dict())  # type: ignore[union-attr]
+    with pytest.raises(UserError, match="ready for inference already"):
+        for_inference(ready, "fp32")
+
+
+@_has_int8
+def test_int8_needs_something_to_round() -> None:
+    """A network of other convolutions would silently be one in bfloat16."""
+    with pytest.raises(UserError, match="has none but that of the image"):
+        for_inference(nn.Sequential(nn.Conv2d(3, 4, 1)), "int8", images=_images())
 
 
 @settings(max_examples=40, deadline=None)
@@ -173,6 +195,24 @@ def test_the_compiled_network_is_the_same(precision: str, bound: float) -> None:
     assert not inductor.freezing
 
 
+@_torchs_own
+def test_many_shapes_and_networks_are_all_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's limit of 8 programs for a function is that of all networks together."""
+    compiled: list[int] = []
+
+    def backend(graph: Any, _inputs: Any) -> Any:
+        compiled.append(1)
+        return graph.forward
+
+    own = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: own(model, backend=backend, **options))
+    ready = for_inference(_network(), compiled=True)
+    for n in range(1, 11):
+        with torch.inference_mode():
+            ready(torch.zeros(n, 3, 16, 16))
+    assert len(compiled) == 10
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A file of weights, and a folder of labelled images."""
@@ -199,8 +239,7 @@ def _main(arguments: list[str]) -> int:
     return int(left.value.code or 0)
 
 
-@_has_int8
-@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("int8", marks=_has_int8)])
 def test_evaluation_and_prediction_take_a_precision(
     precision: str, weights: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

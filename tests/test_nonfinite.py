@@ -66,7 +66,7 @@ def test_a_run_that_went_back_can_be_stopped_anywhere(folder: Path) -> None:
     """Before, between the bad steps, and behind them: the same bits in the end as without a stop."""
     bad = list(range(EPOCH + 4, EPOCH + 9))
     assert run(train(folder, "whole"), folder, *_poison(*bad), END) == [0]
-    for name, stop in (("between", 6), ("behind", EPOCH + 12)):
+    for name, stop in (("before", 6), ("between", EPOCH + 6), ("behind", EPOCH + 12)):
         first = [n for n in bad if n <= stop]
         assert run(train(folder, name), folder, *_poison(*first), f"forward:{stop}:term") == [143]
         assert run(train(folder, name), folder, *_poison(*(n - stop for n in bad if n > stop)), END) == [0]
@@ -83,6 +83,14 @@ def test_what_never_gets_better_ends_with_a_diagnosis(folder: Path) -> None:
     assert "--optim.lr" in words
     assert _all_finite(folder / "late")
     assert _state(folder / "late")["step"] == EPOCH
+
+
+def test_a_loss_scale_that_has_fallen_to_1_does_not_help_further(folder: Path) -> None:
+    """float16: what is not finite then is no overflow of the scale, and the run goes back."""
+    fp16 = ("--train.precision", "fp16")
+    assert run([*train(folder, "half"), *fp16], folder, *_poison(*range(EPOCH + 1, EPOCH + 18)), END) == [0]
+    assert f"back to step {EPOCH}" in said(folder)
+    assert _all_finite(folder / "half")
 
 
 def test_one_process_of_two_has_it(folder: Path) -> None:

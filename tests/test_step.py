@@ -367,6 +367,18 @@ def test_the_parts_of_a_batch_add_up(micro_batch: int) -> None:
     assert whole.clipped_shares() == parts.clipped_shares()
 
 
+def test_going_back_forgets_what_came_later() -> None:
+    """Momentum that was not there yet is not there again."""
+    learner, other = a_learner(), a_learner()
+    before = {name: tensor.clone() for name, tensor in learner.tensors().items()}
+    learner.step(a_batch(0), 0, 0)
+    learner.load_tensors(before, 0)
+    assert learner.tensors().keys() == before.keys()
+    for each in (learner, other):
+        each.step(a_batch(1), 1, 1)
+    assert all(torch.equal(a, b) for a, b in zip(learner.tensors().values(), other.tensors().values(), strict=True))
+
+
 @pytest.mark.parametrize(("micro_batch", "sam_rho", "passes"), [(8, 0.0, 1), (3, 0.0, 1), (1, 0.0, 1), (3, 0.05, 2)])
 def test_weights_are_standardised_once_for_all_parts(
     micro_batch: int, sam_rho: float, passes: int, monkeypatch: pytest.MonkeyPatch

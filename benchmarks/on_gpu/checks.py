@@ -31,7 +31,7 @@ from normfree.models import create_model
 from normfree.nn.loss import sample_losses
 from normfree.optim import AGCSGD, param_groups
 from normfree.optim.agc import agc_factors, unit_norms
-from normfree.train.build import build_learner
+from normfree.train.build import build_learner, compile_network
 from normfree.train.length import Length
 from normfree.train.step import PRECISIONS, Learner
 from on_gpu.common import Checks, Part, Setup, distance, farthest, without_tf32
@@ -174,13 +174,16 @@ def bf16(setup: Setup) -> dict[str, Any]:
 
 
 def compiled(setup: Setup) -> dict[str, Any]:
-    """A compiled network against the plain one, both there."""
+    """A network compiled as --train.compile does, CUDA graphs and all, against the plain one, both there."""
     without_tf32()
     checks = Checks()
     name, size, n = networks(setup)[0]
     for precision, check in (("fp32", compare), ("bf16", compare_bf16)):
         quick, plain = (learner(name, size, n, setup.device, precision) for _ in range(2))
-        quick.model.compile(dynamic=False, backend=setup.pick("inductor", "eager"))
+        if setup.on_cuda:
+            compile_network(quick.model)
+        else:
+            quick.model.compile(dynamic=False, backend="eager")
         check(checks, f"{name}, {precision}", quick, plain, batch(size, n))
     return checks.result()
 
@@ -286,7 +289,7 @@ def _compare_factors(checks: Checks, here: torch.nn.Module, there: torch.nn.Modu
 
 
 def waiting(setup: Setup) -> dict[str, Any]:
-    """A step must not wait for the device. Every line of Python in which it does is named."""
+    """A step waits for the device once, for whether its gradients are finite. Every line in which it does is named."""
     checks = Checks()
     name, size, n = setup.pick(("nfnet_f0", 128, 8), ("nfnet_tiny", 32, 4))
     cases = [("fp32", 0.0, None), ("bf16", 0.0, None), ("bf16, micro-batches", 0.0, 4), ("bf16, SAM", 0.05, None)]
@@ -299,7 +302,9 @@ def waiting(setup: Setup) -> dict[str, Any]:
         for step in range(3):
             found.step(work, step, step)
         places = waits(setup, lambda learned=found, given=work: learned.step(given, TAKEN, TAKEN))
-        checks.holds(f"{label}: waits", not places or label.startswith("fp16"), places)
+        others = [place for place in places if not place.startswith("sgd.py:")]
+        once = len(places) - len(others) <= 1
+        checks.holds(f"{label}: waits", (once and not others) or label.startswith("fp16"), places)
     return checks.result()
 
 

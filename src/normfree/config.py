@@ -126,11 +126,12 @@ class TrainConfig:
         None  # equal parts whose gradients are added in one order: the same bits for all process counts
     )
     sharded: bool = False  # weights, gradients, momentum and average are dealt to the processes, for what does not fit
-    compile: bool = False  # with torch.compile: on a CPU the activations alone, since the rest gains nothing there
+    compile: bool = False  # with torch.compile: on a CPU activations and standardisation, since the rest gains nothing
     remat: str = "none"  # compute maps again in backward instead of keeping them: of each "block" or "stage"
     eval_batch_size: int = 250
     log_every: int = 10  # steps between lines of metrics.jsonl
     save_minutes: float = 15.0  # a checkpoint after so long without one, between evaluations; 0 makes none there
+    watchdog: float = 30.0  # minutes without a step, or a batch of an evaluation, until stacks are printed; 0 never
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("train.eval_batch_size", "positive", lambda v: v > 0),
     ("train.log_every", "positive", lambda v: v > 0),
     ("train.save_minutes", "not negative", lambda v: v >= 0),
+    ("train.watchdog", "not negative", lambda v: v >= 0),
 )
 
 
@@ -296,8 +298,16 @@ def check_given(run: Run, given: Iterable[str]) -> None:
         raise UserError(f"{idle[0]} does nothing without SAM; switch it on with --optim.sam-rho 0.05")
 
 
-# settings that a resumed run may change: what is computed is the same
-MOVABLE = ("train.device", "train.log_every", "train.save_minutes", "data.workers", "data.timeout")
+# settings that a resumed run may change: what is trained is the same
+MOVABLE = (
+    "train.device",
+    "train.eval_batch_size",
+    "train.log_every",
+    "train.save_minutes",
+    "train.watchdog",
+    "data.workers",
+    "data.timeout",
+)
 
 
 def settings_hash(run: Run) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from normfree.bench.steps import CLASSES, TIMM, Task, images, library
 from normfree.bench.timing import Work
+from normfree.bench.timm_step import known_name
 from normfree.config import IMAGENET_MEAN, IMAGENET_STD
 from normfree.data.crop import Preprocessing
 from normfree.models import create_model, for_inference
@@ -28,7 +29,7 @@ def forward(task: Task, ready: bool = True) -> Work:
     x = preprocessing.normalize(images(task)).to(memory_format=torch.channels_last)
     model: Any
     if task.model.startswith(TIMM):
-        model = library().create_model(task.model.removeprefix(TIMM), num_classes=CLASSES).eval().to(task.device)
+        model = library().create_model(known_name(task.model), num_classes=CLASSES).eval().to(task.device)
     else:
         model = create_model(task.model, CLASSES).eval().to(task.device)
         if ready:

@@ -70,7 +70,9 @@ def _startup(args: _Startup, command: str) -> int:
 
 
 def _inference(args: _Inference, command: str) -> int:
-    where, size = place(args), args.size or steps.size_of(args.models[0], "test")
+    where, size = place(args), steps.size_of(args.models[0], "test") if args.size is None else args.size
+    if min(size, args.batch) < 1:
+        raise UserError("--size and --batch must be positive")
     works = {}
     for name, way in itertools.product(args.models, args.ways):
         precision, _, compiled = way.partition("+")
@@ -84,6 +86,8 @@ def _inference(args: _Inference, command: str) -> int:
         works[f"{name}, ready, {way}"] = inference.forward(task)
         if precision != "int8" and not compiled:
             works[f"{name}, {way}"] = inference.forward(task, ready=False)
+    if not works:
+        raise UserError("there is nothing to measure: name --ways; of timm's networks int8 is none")
     return _hand_over(args, command, turns(works, args.rounds, where), size)
 
 

@@ -40,8 +40,8 @@ def place(args: Measured, group: Group | None = None) -> torch.device:
     """
     if args.rounds < 1:
         raise UserError("--rounds must be positive")
-    if args.out is not None and not args.out.parent.is_dir():
-        raise UserError(f"--out must be in a folder that is there, not {args.out}")
+    if args.out is not None and (args.out.is_dir() or not args.out.parent.is_dir()):
+        raise UserError(f"--out must be a file in a folder that is there, not {args.out}")
     check_device(args.device)
     name = args.device or device()[0]
     return torch.device(name if group is None else group.device(name))

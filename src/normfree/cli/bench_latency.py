@@ -59,7 +59,7 @@ def _latency(args: Latency, command: str, group: Group) -> int:
     if args.size is not None and args.own_sizes:
         raise UserError("--size is for all networks and --own-sizes for each its own: leave one out")
     own = {name: steps.size_of(name.removesuffix(steps.COMPILED)) for name in args.models if args.own_sizes}
-    size = args.size or steps.size_of(args.models[0].removesuffix(steps.COMPILED))
+    size = steps.size_of(args.models[0].removesuffix(steps.COMPILED)) if args.size is None else args.size
     sizes = {name: own.get(name, size) for name in args.models}
     result = measure(args, sizes, args.batch, where, args.apart, group)
     return hand_over(args, command, where, result, table(result["rows"])) if group.first else 0

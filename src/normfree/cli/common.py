@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from normfree.config import Run, UserError, from_dict, suggestion
+from normfree.config import Run, UserError, from_dict, is_out_of_memory, suggestion
 from normfree.data.crop import Preprocessing
 from normfree.data.sources import Source
 from normfree.distributed import Group
@@ -144,9 +144,12 @@ class Speed:
 
 
 _CALIBRATION = 64  # images whose ranges the integers cover
+_FEW = 16
 
 
-def made_ready(trained: Trained, speed: Speed, source: Source, preprocessing: Preprocessing) -> nn.Module:
+def made_ready(
+    trained: Trained, speed: Speed, source: Source, preprocessing: Preprocessing, batch_size: int
+) -> nn.Module:
     """The network on its device, as stored; folded and as `speed` says where that asks for something else.
 
     Raises:
@@ -156,7 +159,23 @@ def made_ready(trained: Trained, speed: Speed, source: Source, preprocessing: Pr
     if speed.precision == "fp32" and not speed.compile:
         return model
     images = sample_images(source, preprocessing, _CALIBRATION) if speed.precision == "int8" else None
-    return for_inference(model, speed.precision, speed.compile, images)
+    if images is not None and 0 < len(images) < _FEW:
+        warn(f"int8 covers the ranges of {len(images)} images: more would be better")
+    ready = for_inference(model, speed.precision, speed.compile, images)
+    if speed.compile:
+        _compile_now(ready, torch.zeros(batch_size, 3, *[preprocessing.size] * 2))
+    return ready
+
+
+def _compile_now(ready: nn.Module, images: torch.Tensor) -> None:
+    """Where it can be said that it does not work."""
+    try:
+        with torch.inference_mode():
+            ready(images.to(next(ready.parameters()).device))
+    except Exception as e:  # whatever the compiler and its absence may raise
+        if is_out_of_memory(e):
+            raise
+        raise UserError(f"--compile does not work here: {str(e)[:300]}") from e
 
 
 def check_device(device: str | None) -> None:

@@ -50,12 +50,12 @@ def run(arguments: Sequence[str]) -> int:
     trained = load_trained(args.target, args.weights)
     preprocessing = _preprocessing(trained.preprocessing, args.data)
     source = _source(trained, args.data.root)
-    model = made_ready(trained, args, source, preprocessing)
+    batch = trained.batch_size if args.batch_size is None else args.batch_size
+    if batch < 1 or (args.data.workers or 0) < 0:
+        raise UserError("--batch-size must be positive, and --data.workers not negative")
+    model = made_ready(trained, args, source, preprocessing, batch)
     device = next(model.parameters()).device.type
     workers = choose_workers(device)[0] if args.data.workers is None else args.data.workers
-    batch = trained.batch_size if args.batch_size is None else args.batch_size
-    if batch < 1 or workers < 0:
-        raise UserError("--batch-size must be positive, and --data.workers not negative")
     with Screen(sys.stderr).progress(math.ceil(len(source) / batch), 0) as line:
         loading = Loading(workers, pin=device == "cuda", timeout=600.0)
         outputs = infer(model, source, preprocessing, batch, loading, done=line.advance)

@@ -35,7 +35,7 @@ def run(arguments: Sequence[str]) -> int:
     trained = load_trained(args.target, args.weights)
     images = find_images(args.paths)
     classes = trained.classes or tuple(str(i) for i in range(trained.model.config.num_classes))
-    model = made_ready(trained, args, image_files(images, classes), trained.preprocessing)
+    model = made_ready(trained, args, image_files(images, classes), trained.preprocessing, trained.batch_size)
     rows, bad = predict(model, images, classes, trained.preprocessing, trained.batch_size, trained.loss)
     if args.json:
         print(json.dumps(rows))

@@ -190,8 +190,7 @@ def _start(job: Job, given: Given) -> State:
     """Make the folder of a new run, once its weights are loaded."""
     state = begin(job)
     if job.group.first:
-        RunFolder.create(job.folder.path, _as_given(job.run, job.group), given.chosen)
-        held_out(job.folder, job.val)
+        RunFolder.create(job.folder.path, _as_given(job.run, job.group), given.chosen, held_out(job.val))
     return state
 
 

@@ -273,7 +273,7 @@ def _print_stacks(pids: list[int]) -> None:
     """Where each loader process is, on its standard error."""
     for pid in pids:
         with contextlib.suppress(OSError, AttributeError):  # it has gone; a system without such signals
-            os.kill(pid, signal.SIGUSR1)
+            os.kill(pid, signal.SIGUSR2)
     time.sleep(1.0)
 
 
@@ -300,4 +300,4 @@ def _deaf(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if hasattr(faulthandler, "register"):  # not on Windows
-        faulthandler.register(signal.SIGUSR1, file=2)  # standard error
+        faulthandler.register(signal.SIGUSR2, file=2)  # on standard error; USR1 is passed on to them by torchrun

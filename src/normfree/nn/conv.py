@@ -28,15 +28,16 @@ def standardize(weight: Tensor, gain: Tensor, eps: float = 1e-4) -> Tensor:
         gain: (out,), the learnable gain, times any constant that the layer absorbs.
 
     Returns:
-        the shape and type of `weight`; the arithmetic is in float32 at least.
+        the shape of `weight`, in float32 at least, as the arithmetic is.
     """
     w = weight if weight.dtype == torch.float64 else weight.float()
+    gain = gain.to(w.dtype)
     fan_in = math.prod(w.shape[1:])
     if w.is_contiguous() and is_eager_on_cpu(w):
         # batch norm of one sample whose channels are the units: one kernel, and one for the backward pass
         rows = w.reshape(1, len(w), fan_in)
         found, _, rstd = torch.native_batch_norm(rows, gain * fan_in**-0.5, None, None, None, True, 0.0, 0.0)
-        if bool((rstd < (fan_in / eps) ** 0.5).all()):  # no unit is at the floor
+        if bool((rstd * rstd * eps < fan_in).all()):  # no unit is at the floor
             return found.view(w.shape)
     dims = tuple(range(1, w.ndim))
     variance, mean = torch.var_mean(w, dim=dims, correction=0, keepdim=True)

@@ -14,6 +14,7 @@ def is_eager_on_cpu(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
         and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._len_torch_dispatch_stack() == 0
     )
 
 

@@ -22,6 +22,7 @@ from normfree.nn.signal import gelu
 
 _LINEAR = 2 * math.sqrt(2 / math.pi)  # 2 u = _LINEAR x + _CUBIC x^3
 _CUBIC = 0.044715 * _LINEAR
+_PROGRAMS = 64  # of a function, for types, layouts and sizes of 1
 
 
 def fused_gelu(x: Tensor) -> Tensor:
@@ -143,5 +144,8 @@ def _run(function: Callable[..., Any], *arguments: Any) -> Any:
 
 @lru_cache(maxsize=4)
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    import torch._dynamo.config as dynamo  # noqa: PLC0415 (the compiler takes seconds)
+
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _PROGRAMS)  # a patch around each call would cost as much
     compiled: Callable[..., Any] = torch.compile(function, dynamic=True)
     return compiled

@@ -110,11 +110,13 @@ def round_convolutions(model: nn.Module, images: Tensor) -> dict[str, Int8Conv2d
 
     def measure(conv: nn.Module, inputs: tuple[Tensor]) -> None:
         assert isinstance(conv, SameConv2d)
+        if inputs[0] is images:
+            return
         low, high = (x.item() for x in inputs[0].aminmax())
         before = ranges.get(conv, (math.inf, -math.inf))
         ranges[conv] = min(low, before[0]), max(high, before[1])
 
-    named = {n: m for n, m in model.named_modules() if isinstance(m, SameConv2d) and m.in_channels != images.shape[1]}
+    named = {n: m for n, m in model.named_modules() if isinstance(m, SameConv2d)}
     hooks = [conv.register_forward_pre_hook(measure) for conv in named.values()]
     try:
         model(images)

@@ -7,6 +7,7 @@ So a process that is killed at any instant leaves at least the checkpoint before
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from normfree.files import read_json, sha256, sync_folder, write_atomic, write_j
 from normfree.tensorfile import file_parts
 
 _FILES = ("state.safetensors", "state.json")
+_NAME = re.compile(r"step-\d{8}(-\d)?")
 
 
 class Checkpoint(NamedTuple):
@@ -101,15 +103,18 @@ def load_checkpoint(folder: Path, group: Group | None = None) -> Checkpoint:
     rejected: list[str] = []
     for name in group.broadcast([path.name for path in _steps(folder)]):
         path = folder / name
-        problem = _shared_problem(path, group)
+        found, problem = None, _problem(path)
         if problem is None:
             try:
-                return Checkpoint(*_read(path), rejected)
+                found = _read(path)
             except (OSError, ValueError, SafetensorError) as e:  # as it was written: its checksum is right
                 problem = f"it cannot be read: {str(e)[:300]}"
+        problem = _shared(problem, path, group)
+        if problem is None and found is not None:
+            return Checkpoint(*found, rejected)
         rejected.append(f"{path.name}: {problem}")
-    found = f": {'; '.join(rejected)}" if rejected else ""
-    raise UserError(f"{folder} has no whole checkpoint{found}")
+    why = f": {'; '.join(rejected)}" if rejected else ""
+    raise UserError(f"{folder} has no whole checkpoint{why}")
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -119,9 +124,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, state
 
 
-def _shared_problem(path: Path, group: Group) -> str | None:
-    """What is wrong with a checkpoint for some process, or None."""
-    problem = _problem(path)
+def _shared(problem: str | None, path: Path, group: Group) -> str | None:
+    """What is wrong with a checkpoint for some process, given what is for this one; or None."""
     found = group.gather([problem, "" if problem else sha256(path / "manifest.json")])
     problems = [why if group.world == 1 else f"process {rank}: {why}" for rank, (why, _) in enumerate(found) if why]
     if not problems and any(checksum != found[0][1] for _, checksum in found):
@@ -135,7 +139,8 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def _steps(folder: Path) -> list[Path]:
-    return sorted((p for p in folder.glob("step-*") if p.is_dir()), reverse=True)
+    """Newest first; what else lies there is not ours."""
+    return sorted((p for p in folder.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()), reverse=True)
 
 
 def _problem(path: Path) -> str | None:

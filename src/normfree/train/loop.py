@@ -16,7 +16,6 @@ from normfree.config import Run, UserError, check_ranges, flat, is_out_of_memory
 from normfree.data.loader import Batch, train_batches
 from normfree.data.sources import ArraySource, Source, fingerprint, several_labels
 from normfree.distributed import Group
-from normfree.files import write_json
 from normfree.models import Network, model_config, parse_options, with_options
 from normfree.models.download import find_weights
 from normfree.nn.loss import balanced_weights
@@ -32,6 +31,7 @@ from normfree.train.sharded import full_tensors
 from normfree.train.share import check_share
 from normfree.train.signals import EndNow, StopRequest, exit_code
 from normfree.train.step import Outcome
+from normfree.train.watchdog import Watchdog
 
 _NO_LIMIT = 2**62  # images
 _SAVE = 1  # in place of a signal's number, which are all greater: save and go on
@@ -99,14 +99,16 @@ def fit(job: Job, state: State) -> State:
     with (
         StopRequest(deaf) as stop,
         Saver(job.folder.checkpoints, job.screen.say) as saver,
+        Watchdog(job.run.train.watchdog) as watchdog,
         job.screen.progress(job.total, state.step) as line,
     ):
         while True:
             saver.check()
+            watchdog.alive()
             due = state.step in job.evaluate_at and state.evaluated != state.step
             if due:
                 saver.wait()  # no thread of it runs while loader processes are forked
-                evaluate(job, state, lambda: stop.received is not None)
+                evaluate(job, state, lambda: _asked_to_stop(stop, watchdog))
                 state.line_seconds = state.seconds = time.monotonic() - began
                 _save(job, saver, state, sums, bad)
             waiting = time.monotonic()
@@ -148,6 +150,12 @@ def fit(job: Job, state: State) -> State:
                 _log(job, state, _whole(job, sums.tolist()), waited, line)
                 sums.zero_()
                 state.images, state.line_seconds, waited = 0, state.seconds, 0.0
+
+
+def _asked_to_stop(stop: StopRequest, watchdog: Watchdog) -> bool:
+    """Between two batches of an evaluation."""
+    watchdog.alive()
+    return stop.received is not None
 
 
 def _is_long_ago(job: Job, saved: float) -> int:
@@ -209,7 +217,8 @@ def _leave_out(job: Job, saver: Saver, state: State) -> bool:
         Diverged: there is no checkpoint, or going back has not helped.
     """
     state.skipped, state.in_a_row = state.skipped + 1, state.in_a_row + 1
-    if state.in_a_row < _IN_A_ROW or job.run.train.precision == "fp16":  # where the scale falls until it fits
+    scaler = job.learner.scaler
+    if state.in_a_row < _IN_A_ROW or (scaler is not None and scaler.get_scale() > 1):  # it falls until it fits
         return False
     saver.wait()
     if state.attempt == _ATTEMPTS or not job.group.broadcast(has_checkpoint(job.folder.checkpoints)):
@@ -217,7 +226,9 @@ def _leave_out(job: Job, saver: Saver, state: State) -> bool:
     failed, checkpoint = state.step, load_checkpoint(job.folder.checkpoints, job.group)
     kept = {name: getattr(state, name) for name in ("taken", "skipped", "bad", "bad_val")}
     vars(state).update(vars(_state_of(checkpoint)) | kept | {"attempt": state.attempt + 1, "in_a_row": 0})
+    at_once = job.learner.micro_batch
     _restore(job, state, checkpoint.tensors)
+    job.learner.micro_batch = min(filter(None, (at_once, state.micro_batch)), default=None)  # as little as fitted since
     job.screen.say(
         f"{_IN_A_ROW} steps in a row were not finite at step {failed}: back to step {state.step}, and on with the "
         f"images behind them ({state.attempt} of {_ATTEMPTS} times)"
@@ -299,6 +310,7 @@ def _save(job: Job, saver: Saver, state: State, sums: torch.Tensor, bad: list[tu
         state.loss_scale = job.learner.scaler.state_dict()
     dealt = full_tensors(job.learner.tensors()) if is_dealt(job) else None
     if job.group.first:
+        job.folder.sync_metrics()
         saver.begin(state.step, copies(job.learner.tensors()) if dealt is None else dealt, asdict(state))
 
 
@@ -379,10 +391,9 @@ def _own_sums(job: Job, state: State) -> list[float]:
     return [0.0, 0.0, *state.sums[2:]]
 
 
-def held_out(folder: RunFolder, val: Source) -> None:
-    """Write down which images are held out, where the split was made here, so that every command agrees on it."""
-    if val.held_out and not isinstance(val, ArraySource):
-        write_json(folder.validation, [val.name(i) for i in range(len(val))])
+def held_out(val: Source) -> list[str] | None:
+    """Which images are held out, where the split was made here, so that every command agrees on it."""
+    return [val.name(i) for i in range(len(val))] if val.held_out and not isinstance(val, ArraySource) else None
 
 
 def weights_path(folder: RunFolder) -> Path:

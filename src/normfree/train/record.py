@@ -10,7 +10,7 @@ from typing import Any
 
 from normfree.config import MOVABLE, Run, UserError, check_ranges, flat, from_dict, to_dict
 from normfree.data.sources import Source, open_data, open_held_out, open_validation
-from normfree.files import parse_json, read_json, write_atomic, write_json
+from normfree.files import parse_json, read_json, sync_folder, write_atomic, write_json
 from normfree.train.checkpoint import has_checkpoint
 
 
@@ -50,11 +50,15 @@ class RunFolder:
 
     def _is_others(self, path: Path) -> bool:
         """Whether it is not what a start leaves that was killed before config.json was there."""
-        return path != self.reasons and not (path.name.startswith(".") and path.suffix == ".tmp")
+        return path not in (self.reasons, self.validation) and not (path.name.startswith(".") and path.suffix == ".tmp")
 
     @classmethod
-    def create(cls, path: Path, run: Run, chosen: Sequence[tuple[str, Any, str]] = ()) -> RunFolder:
-        """A new run folder with its config.json, and the reasons of what was chosen.
+    def create(
+        cls, path: Path, run: Run, chosen: Sequence[tuple[str, Any, str]] = (), held_out: Sequence[str] | None = None
+    ) -> RunFolder:
+        """A new run folder with the reasons of what was chosen, and the names of images that are held out, if any.
+
+        config.json comes last: where it is, there is all that a run goes on from.
 
         Raises:
             UserError: the folder has a run already, or cannot be written.
@@ -63,6 +67,10 @@ class RunFolder:
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
             write_json(folder.reasons, {name: reason for name, _, reason in chosen})
+            if held_out is None:
+                folder.validation.unlink(missing_ok=True)  # of a start that was killed
+            else:
+                write_json(folder.validation, list(held_out))
             write_json(folder.config, to_dict(run))
         except OSError as e:
             raise UserError(f"{path} cannot be written: {e.strerror or e}") from e
@@ -111,6 +119,14 @@ class RunFolder:
         """Add a line to metrics.jsonl."""
         with open(self.metrics, "a", encoding="utf-8") as f:
             f.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def sync_metrics(self) -> None:
+        """Until the lines so far are on the disk, which a checkpoint that is behind them relies on."""
+        if self.metrics.is_file():
+            with open(self.metrics, "rb") as f:
+                os.fsync(f.fileno())
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        sync_folder(self.path)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; broken ones, such as a half-written last one, are left out."""

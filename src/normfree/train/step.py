@@ -358,6 +358,7 @@ class Learner:
         load_full(self.ema.module, parts.pop("ema"))
         self.ema.updates = applied
         for name, p in self._optimized():
+            self.optimizer.state.pop(p, None)  # what came later has no place in it
             for key, values in parts.items():
                 if name in values:
                     value = values[name]
