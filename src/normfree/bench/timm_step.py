@@ -13,6 +13,7 @@ from torch import nn
 from normfree.bench.task import CLASSES, RATE, SAM, TIMM, Task, images, is_finite
 from normfree.config import IMAGENET_MEAN, IMAGENET_STD, UserError, is_out_of_memory, suggestion
 from normfree.distributed import Group
+from normfree.models import MODELS
 from normfree.train.step import PRECISIONS
 
 
@@ -26,12 +27,15 @@ def library() -> Any:
 
 
 def timms_network(model: str) -> nn.Module:
-    """A new network of timm's, by "timm:NAME".
+    """A new network of timm's, by "timm:NAME"; its NFNets with the stochastic depth and dropout that ours have.
 
     Raises:
         UserError: timm does not import, or has no such network.
     """
-    found: nn.Module = library().create_model(known_name(model), num_classes=CLASSES)
+    name, rates = known_name(model), {}
+    if (twin := MODELS.get(name.removeprefix("dm_"))) is not None and name.startswith("dm_"):
+        rates = {"drop_path_rate": twin.stochastic_depth, "drop_rate": twin.drop_rate}
+    found: nn.Module = library().create_model(name, num_classes=CLASSES, **rates)
     return found
 
 
