@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +88,20 @@ class SameConv2d(nn.Conv2d):
         nn.init.normal_(self.weight, std=math.prod(self.weight.shape[1:]) ** -0.5)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """What a convolution of the same shape, without parameters in common, is made with."""
+        return {
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "kernel_size": self.kernel_size,
+            "stride": self.stride,
+            "padding": "same" if self.same else self.padding,
+            "dilation": self.dilation,
+            "groups": self.groups,
+            "in_place_of": self.in_place_of,
+        }
 
     def filters(self) -> Tensor:
         """What is convolved with: (out, in / groups, kh, kw)."""
@@ -190,16 +204,7 @@ class WSConv2d(SameConv2d):
     def folded(self) -> SameConv2d:
         """A plain convolution with the same outputs, and parameters of its own."""
         with torch.device("meta"):  # no random numbers for weights that are replaced
-            conv = SameConv2d(
-                self.in_channels,
-                self.out_channels,
-                self.kernel_size,  # type: ignore[arg-type]
-                stride=self.stride,  # type: ignore[arg-type]
-                padding="same" if self.same else self.padding,  # type: ignore[arg-type]
-                dilation=self.dilation,  # type: ignore[arg-type]
-                groups=self.groups,
-                in_place_of=self.in_place_of,
-            )
+            conv = SameConv2d(**self.geometry)
         assert self.bias is not None
         weight, bias = self.filters().detach().to(self.weight.dtype), self.bias.detach().clone()
         conv.weight = nn.Parameter(weight, self.weight.requires_grad)

@@ -44,16 +44,7 @@ class Int8Conv2d(SameConv2d):
 
     def __init__(self, conv: SameConv2d, low: float, high: float) -> None:
         with torch.device("meta"):
-            super().__init__(
-                conv.in_channels,
-                conv.out_channels,
-                conv.kernel_size,  # type: ignore[arg-type]
-                stride=conv.stride,  # type: ignore[arg-type]
-                padding="same" if conv.same else conv.padding,  # type: ignore[arg-type]
-                dilation=conv.dilation,  # type: ignore[arg-type]
-                groups=conv.groups,
-                in_place_of=conv.in_place_of,
-            )
+            super().__init__(**conv.geometry)
         low, high = min(low, 0.0), max(high, 0.0)
         self.step = max((high - low) / LEVELS, _LEAST)
         self.zero = round(-low / self.step)
