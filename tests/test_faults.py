@@ -230,6 +230,15 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert draws_of(home / name) == draws_of(whole(*settings))
 
 
+def test_what_a_kill_leaves_in_the_run_folder_is_removed(tmp_path: Path) -> None:
+    """Half-written weights are as large as whole ones."""
+    q.make_images(tmp_path / "images")
+    assert q.run(q.train(tmp_path, "cut"), tmp_path, "weights:1:kill") == [-9]
+    assert list((tmp_path / "cut").glob(".best.safetensors.*.tmp"))
+    assert q.run(q.train(tmp_path, "cut"), tmp_path, q.END) == [0]
+    assert not list((tmp_path / "cut").glob(".*.tmp"))
+
+
 @pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_checkpoint_is_made_by_the_clock(tmp_path: Path, world: int) -> None:
     """Between evaluations, of a run that is then killed: it goes on from there, to the bits of one without."""

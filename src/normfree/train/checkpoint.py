@@ -40,7 +40,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
         OSError: it could not be written; those that were there before are untouched.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _clear(folder)
+    clear(folder)
     final, beside = _free_name(folder, step), folder / f".step-{step:08d}.tmp"
     try:
         beside.mkdir()
@@ -84,8 +84,8 @@ def _free_name(folder: Path, step: int) -> Path:
     return next((p for p in tries if not p.exists()), tries[0])
 
 
-def _clear(folder: Path) -> None:
-    """Remove what a killed save left."""
+def clear(folder: Path) -> None:
+    """Remove what writers that were killed left in a folder."""
     for left in folder.glob(".*.tmp"):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)

@@ -21,7 +21,7 @@ from normfree.models.download import find_weights
 from normfree.nn.loss import balanced_weights
 from normfree.runlog import ProgressLine, Screen
 from normfree.train.build import build_learner, eval_preprocessing, lambdas_by_name, train_crop, unclipped_names
-from normfree.train.checkpoint import Checkpoint, has_checkpoint, load_checkpoint
+from normfree.train.checkpoint import Checkpoint, clear, has_checkpoint, load_checkpoint
 from normfree.train.evaluation import evaluate
 from normfree.train.job import Diverged, Job, State, Stopped, diagnosis, is_dealt, note_bad
 from normfree.train.length import run_length
@@ -338,6 +338,8 @@ def _fingerprints(job: Job) -> str:
 
 def resume(job: Job) -> State:
     """The state of the newest whole checkpoint, with the learner filled from it; a new one if none was ever saved."""
+    if job.group.first:
+        clear(job.folder.path)
     if not job.group.broadcast(has_checkpoint(job.folder.checkpoints)):
         if job.group.first:
             job.folder.truncate_metrics(0, -1)
