@@ -26,7 +26,6 @@ from normfree.data.randaugment import RandAugment
 from normfree.data.sources import open_folder
 from normfree.models import model_config
 from normfree.models.count import parameters
-from normfree.recipes.choose import Costs, step_memory
 from on_gpu.common import Part, Setup, timm_or_none
 
 
@@ -154,20 +153,13 @@ def memories(setup: Setup) -> dict[str, Any]:
         except (MemoryError, RuntimeError) as e:
             before, most = 0, None
             print(f"{task}: {e}")
-        estimate = None if task.model.startswith(TIMM) else estimated(task)
+        estimate = memory.estimate(task)
         row: dict[str, Any] = {key: getattr(task, key) for key in ("model", "size", "batch", "precision", "remat")}
         share = (most - before) / estimate if estimate and most else None
         rows.append({**row, "micro_batch": task.micro_batch, "peak": most, "baseline": before, "estimate": estimate})
         rows[-1]["to_estimate"] = share
         free()
     return {"rows": rows}
-
-
-def estimated(task: Task) -> int:
-    """Bytes, as a dry run of ours says."""
-    config, sam = model_config(task.model.removesuffix(SAM)), task.model.endswith(SAM)
-    images = min(task.batch, task.micro_batch or task.batch)
-    return step_memory(config, task.size, images, Costs(task.remat, task.precision, 6 if sam else 4))
 
 
 # kinds of work by the beginning of torch's name for an operation; the first that fits

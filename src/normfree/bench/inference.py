@@ -27,14 +27,10 @@ def forward(task: Task, ready: bool = True) -> Work:
     """
     preprocessing = Preprocessing(task.size, "squash", 0, IMAGENET_MEAN, IMAGENET_STD)
     x = preprocessing.normalize(images(task)).to(memory_format=torch.channels_last)
-    model: Any
-    if task.model.startswith(TIMM):
-        model = library().create_model(known_name(task.model), num_classes=CLASSES).eval().to(task.device)
+    timms, model = task.model.startswith(TIMM), _network(task.model).eval().to(task.device)
+    if ready and not timms:
+        model = for_inference(model, task.precision, task.compiled, x)
     else:
-        model = create_model(task.model, CLASSES).eval().to(task.device)
-        if ready:
-            model = for_inference(model, task.precision, task.compiled, x)
-    if not ready or task.model.startswith(TIMM):
         x = x.to(TYPES[task.precision])
         model = model.to(TYPES[task.precision]).to(memory_format=torch.channels_last)
         model = freeze(model) if task.compiled else model
@@ -44,3 +40,9 @@ def forward(task: Task, ready: bool = True) -> Work:
             model(x)
 
     return work
+
+
+def _network(name: str) -> Any:
+    if name.startswith(TIMM):
+        return library().create_model(known_name(name), num_classes=CLASSES)
+    return create_model(name, CLASSES)

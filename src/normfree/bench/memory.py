@@ -16,8 +16,10 @@ from typing import NamedTuple
 
 import torch
 
-from normfree.bench.steps import Task, step
+from normfree.bench.steps import SAM, TIMM, Task, step
 from normfree.config import UserError, is_out_of_memory
+from normfree.models import model_config
+from normfree.models.memory import Costs, step_memory
 
 _STEPS = 3  # the first makes the momentum
 _OUT_OF_MEMORY = 77  # exit status of the fresh process
@@ -31,6 +33,15 @@ class Peak(NamedTuple):
 
     baseline: int
     peak: int
+
+
+def estimate(task: Task) -> int | None:
+    """Bytes of a step, as a dry run says; None for timm's networks."""
+    if task.model.startswith(TIMM):
+        return None
+    images = min(task.batch, task.micro_batch or task.batch)
+    costs = Costs(task.remat, task.precision, 6 if task.model.endswith(SAM) else 4)
+    return step_memory(model_config(task.model.removesuffix(SAM)), task.size, images, costs)
 
 
 def in_fresh_process(task: Task) -> Peak | None:

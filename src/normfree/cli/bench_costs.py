@@ -15,13 +15,11 @@ import tyro
 from rich.table import Table
 
 from normfree.bench import growth, input, memory  # noqa: A004 (it is the input of training)
-from normfree.bench.steps import SAM, TIMM, Task, library, size_of, step
+from normfree.bench.steps import Task, library, size_of, step
 from normfree.bench.timing import spread, take_turns
 from normfree.cli.bench_common import Measured, Precision, hand_over, place
 from normfree.config import UserError
 from normfree.data.sources import Source, describe, open_data, open_folder
-from normfree.models import model_config
-from normfree.recipes.choose import Costs, step_memory
 from normfree.runlog import Screen
 
 Remat = Literal["none", "block", "stage"]
@@ -142,19 +140,11 @@ def memory_row(task: Task, rounds: int = 1) -> dict[str, Any]:
     found = [memory.in_fresh_process(task) for _ in range(rounds)]
     most = None if None in found else max((peak for peak in found if peak), key=lambda peak: peak.peak)
     row = {key: getattr(task, key) for key in ("model", "size", "batch", "micro_batch", "precision", "remat")}
-    row["estimate"] = None if task.model.startswith(TIMM) else _estimate(task)
+    row["estimate"] = memory.estimate(task)
     if most is None:
         return row | {"baseline": None, "peak": None, "to_estimate": None}
     share = (most.peak - most.baseline) / row["estimate"] if row["estimate"] else None
     return row | {"baseline": most.baseline, "peak": most.peak, "to_estimate": share}
-
-
-def _estimate(task: Task) -> int:
-    """What a dry run says."""
-    sam = task.model.endswith(SAM)
-    costs = Costs(task.remat, task.precision, 6 if sam else 4)
-    images = min(task.batch, task.micro_batch or task.batch)
-    return step_memory(model_config(task.model.removesuffix(SAM)), task.size, images, costs)
 
 
 def _memory_table(rows: list[dict[str, Any]]) -> Table:
